@@ -1,0 +1,168 @@
+//! The one text form of groups, transfers and shards.
+//!
+//! Takes what the stages give; writes lines in stable order. Snapshots, `snnc inspect`, `snnc show`
+//! and messages all use it, so a transfer looks the same wherever it is met:
+//! `t7  stage2.3/out  [1,112,16,16]×0.875 f16  g0 → g2  57344 B`.
+
+use std::fmt::{self, Write as _};
+
+use snn_schemas::Manifest;
+use snn_schemas::manifest::Transfer;
+
+use crate::Split;
+use crate::graph::{Arg, Graph, OpId};
+use crate::groups::Groups;
+use crate::read::Model;
+use crate::schedule::Action;
+
+/// `[1,64,32,32]`.
+pub fn shape(shape: &[usize]) -> String {
+    let dims: Vec<String> = shape.iter().map(usize::to_string).collect();
+    format!("[{}]", dims.join(","))
+}
+
+/// A transfer on one line; `ends` says who talks to whom.
+pub fn transfer(transfer: &Transfer, ends: &str) -> String {
+    let keep = match transfer.channels {
+        channels if channels == transfer.keep || channels == 0 => String::new(),
+        channels => format!("×{}", transfer.keep as f64 / channels as f64),
+    };
+    let Transfer { id, tensor, dtype, bytes, .. } = transfer;
+    format!("t{id}  {tensor}  {}{keep} {dtype}  {ends}  {bytes} B", shape(&transfer.shape))
+}
+
+/// All transfers of a split, a line each, between groups where groups have nodes of their own.
+pub fn transfers(manifest: &Manifest) -> String {
+    let mut text = String::new();
+    for entry in &manifest.transfers {
+        let ends = format!("{} → {}", node(manifest, entry.from), node(manifest, entry.to));
+        // Writing to a String cannot end in an error.
+        let _ = writeln!(text, "{}", transfer(entry, &ends));
+    }
+    text
+}
+
+/// A node by the group it computes where that says it all, else by its rank.
+fn node(manifest: &Manifest, rank: usize) -> String {
+    let groups = groups_of(manifest, rank);
+    match groups[..] {
+        [group] if manifest.nodes.len() == manifest.groups => format!("g{group}"),
+        _ => format!("n{rank}"),
+    }
+}
+
+/// The groups a node computes.
+pub fn groups_of(manifest: &Manifest, rank: usize) -> Vec<usize> {
+    (0..manifest.placement.len()).filter(|&group| manifest.placement[group] == rank).collect()
+}
+
+/// The groups a model falls into, its blocks, and where it could exchange.
+pub fn groups(model: &Model, groups: &Groups) -> String {
+    let mut text = String::new();
+    let _ = write_groups(&mut text, &model.graph, groups);
+    text
+}
+
+fn write_groups(text: &mut String, graph: &Graph, groups: &Groups) -> fmt::Result {
+    let blocks = &groups.blocks;
+    writeln!(text, "{} groups, {} blocks", groups.count, blocks.len())?;
+    let names: Vec<&str> = blocks.iter().map(|b| graph.tensor(b.out).name.as_str()).collect();
+    let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
+    let shapes = block_shapes(graph, groups);
+    for (index, (name, dims)) in names.iter().zip(&shapes).enumerate() {
+        let block = format!("b{}", index + 1);
+        let count = groups.count;
+        writeln!(text, "{block:<4} {name:<width$}  {}×{count}", shape(dims))?;
+    }
+    writeln!(text, "exchange points")?;
+    for staleness in [1, 2, 3, 4].into_iter().filter(|&alpha| alpha <= blocks.len()) {
+        let steps = blocks.len() / staleness;
+        let crossing: Vec<String> = (0..steps)
+            .filter(|step| shapes[step * staleness] != shapes[(step + 1) * staleness - 1])
+            .map(|step| format!("{step} (b{} → b{})", step * staleness + 1, (step + 1) * staleness))
+            .collect();
+        match crossing.is_empty() {
+            true => writeln!(text, "α = {staleness}: {steps} steps")?,
+            false => writeln!(
+                text,
+                "α = {staleness}: {steps} steps, but these cross a stride and must stay silent: {}",
+                crossing.join(", ")
+            )?,
+        }
+    }
+    Ok(())
+}
+
+/// The shape of one group's output, for each block.
+pub fn block_shapes(graph: &Graph, groups: &Groups) -> Vec<Vec<usize>> {
+    let shape = |block: &crate::groups::Block| {
+        let mut shape = graph.tensor(block.out).shape.clone();
+        if let (Some(channels), Some(part)) =
+            (shape.get_mut(1), groups.layout(block.out).parts().first())
+        {
+            *channels = part.channels;
+        }
+        shape
+    };
+    groups.blocks.iter().map(shape).collect()
+}
+
+/// What one node does, an action a line.
+pub fn shard(split: &Split, rank: usize) -> String {
+    let mut text = String::new();
+    let _ = write_shard(&mut text, split, rank);
+    text
+}
+
+fn write_shard(text: &mut String, split: &Split, rank: usize) -> fmt::Result {
+    let graph = &split.placed.graph;
+    let groups: Vec<String> =
+        groups_of(&split.manifest, rank).iter().map(|group| format!("g{group}")).collect();
+    let entry = if rank == split.placed.entry { ", entry" } else { "" };
+    writeln!(text, "node {rank}: {}{entry}", groups.join(" "))?;
+    for action in &split.shards[rank].actions {
+        match *action {
+            Action::Compute(op) => writeln!(text, "    {}", op_line(graph, op))?,
+            Action::Send(number) => {
+                let cut = split.cuts[number];
+                writeln!(text, "t{number} → n{}  {}", cut.to, graph.tensor(cut.tensor).name)?;
+            }
+            Action::Receive(number) => {
+                let cut = split.cuts[number];
+                writeln!(text, "t{number} ← n{}  {}", cut.from, graph.tensor(cut.tensor).name)?;
+            }
+        }
+    }
+    for (name, _) in graph.outputs.iter().filter(|_| rank == split.placed.entry) {
+        writeln!(text, "output {name}")?;
+    }
+    Ok(())
+}
+
+/// `x/g1 [1,4,8,8] = Conv(input, weight[4,4,3,3])`.
+fn op_line(graph: &Graph, id: OpId) -> String {
+    let op = graph.op(id);
+    let outputs: Vec<String> = op
+        .outputs
+        .iter()
+        .map(|&tensor| graph.tensor(tensor))
+        .map(|tensor| format!("{} {}", tensor.name, shape(&tensor.shape)))
+        .collect();
+    let inputs: Vec<String> = op
+        .inputs
+        .iter()
+        .map(|arg| match arg {
+            Arg::Tensor(tensor) => graph.tensor(*tensor).name.clone(),
+            Arg::Const(id) => {
+                let constant = graph.constant(*id);
+                let dims: Vec<String> = constant.dims.iter().map(i64::to_string).collect();
+                format!("{}[{}]", constant.name(), dims.join(","))
+            }
+            Arg::Absent => String::new(),
+        })
+        .collect();
+    match op.proto {
+        None => format!("{} = input", outputs.join(", ")),
+        Some(_) => format!("{} = {}({})", outputs.join(", "), op.op_type(), inputs.join(", ")),
+    }
+}

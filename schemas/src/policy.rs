@@ -1,0 +1,495 @@
+//! The communication policy: who sends to whom, when, and how much (`best.json`).
+//!
+//! Takes the JSON of a policy file in either of its two forms (`steps`, or the `decisions`
+//! shorthand of the paper's Table 6) and gives a [`Policy`] whose every rule has been checked:
+//! each step is a permutation of the groups, each level exists, both forms agree on one meaning.
+//! Decisions are numbered as in the paper's Table 3, levels as in its Table 4.
+//! Writing a policy and reading it back gives the same policy.
+
+use std::fmt;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::MAX_GROUPS;
+
+/// The only version of the policy file there is so far.
+pub const POLICY_VERSION: u32 = 1;
+
+/// Largest policy file accepted, in bytes: far above any real policy, small enough to parse at once.
+pub const MAX_POLICY_BYTES: usize = 4 << 20;
+
+/// Most sparsity levels a policy may define: one a channel of the widest networks in use.
+const MAX_LEVELS: usize = 4096;
+
+/// Element type of the features while they travel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// 32-bit IEEE 754, as computed.
+    #[default]
+    F32,
+    /// 16-bit IEEE 754, rounded to nearest even before sending and widened on arrival.
+    F16,
+}
+
+impl Dtype {
+    /// Bytes one element takes.
+    pub fn size(self) -> usize {
+        match self {
+            Dtype::F32 => 4,
+            Dtype::F16 => 2,
+        }
+    }
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Dtype::F32 => "f32",
+            Dtype::F16 => "f16",
+        })
+    }
+}
+
+impl std::str::FromStr for Dtype {
+    type Err = PolicyError;
+
+    fn from_str(text: &str) -> Result<Dtype, PolicyError> {
+        match text {
+            "f32" => Ok(Dtype::F32),
+            "f16" => Ok(Dtype::F16),
+            other => Err(PolicyError::Dtype { found: other.to_owned() }),
+        }
+    }
+}
+
+/// The sparsity levels a policy chooses from: evenly spaced from `min_percent` to 100 %.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Levels {
+    /// Number of levels, at least 1. A single level means 100 %.
+    pub count: usize,
+    /// Percentage of the feature maps that level 0 sends, 0 to 100.
+    pub min_percent: f64,
+}
+
+impl Default for Levels {
+    /// The paper's Table 4: nine levels from 50 % to 100 %.
+    fn default() -> Levels {
+        Levels { count: 9, min_percent: 50.0 }
+    }
+}
+
+impl Levels {
+    /// The level at which everything is sent.
+    pub fn full(&self) -> usize {
+        self.count - 1
+    }
+
+    /// Percentage of the feature maps that `level` sends.
+    ///
+    /// Equation 10 with the divisor of Table 4: `p = p_min + k · (100 − p_min) / (levels − 1)`.
+    pub fn percent(&self, level: usize) -> f64 {
+        if level >= self.full() {
+            return 100.0;
+        }
+        self.min_percent + level as f64 * (100.0 - self.min_percent) / self.full() as f64
+    }
+
+    /// How many of `channels` feature maps `level` sends: `⌊channels · p / 100⌋`.
+    pub fn keep(&self, level: usize, channels: usize) -> usize {
+        // The tolerance keeps a percentage such as 100/3 · 3 from losing a whole channel to rounding.
+        let kept = (channels as f64 * self.percent(level) / 100.0 + 1e-9).floor() as usize;
+        kept.min(channels)
+    }
+}
+
+/// A step's permutation: group `i` sends to `send_to()[i]`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Decision(Vec<usize>);
+
+impl Decision {
+    /// Checks that `send_to` is a permutation of `0 … len − 1`.
+    pub fn new(send_to: Vec<usize>) -> Result<Decision, PolicyError> {
+        let mut seen = vec![false; send_to.len()];
+        for &destination in &send_to {
+            match seen.get_mut(destination) {
+                Some(slot) if !*slot => *slot = true,
+                _ => return Err(PolicyError::NotAPermutation { found: send_to }),
+            }
+        }
+        Ok(Decision(send_to))
+    }
+
+    /// The decision in which every group keeps its features to itself.
+    pub fn silent(groups: usize) -> Decision {
+        Decision((0..groups).collect())
+    }
+
+    /// How many decisions there are: `groups!`.
+    pub fn count(groups: usize) -> usize {
+        (1..=groups).product()
+    }
+
+    /// The decision with number `id` in lexicographic order, or `None` past the last.
+    ///
+    /// With four groups 7 is `[1,0,3,2]` and 23 is `[3,2,1,0]` (Table 3).
+    pub fn from_id(id: usize, groups: usize) -> Option<Decision> {
+        if id >= Decision::count(groups) {
+            return None;
+        }
+        let mut free: Vec<usize> = (0..groups).collect();
+        let mut rest = id;
+        let send_to = (0..groups)
+            .rev()
+            .map(|after| {
+                let stride = Decision::count(after);
+                let pick = free.remove(rest / stride);
+                rest %= stride;
+                pick
+            })
+            .collect();
+        Some(Decision(send_to))
+    }
+
+    /// The number of this decision in lexicographic order.
+    pub fn id(&self) -> usize {
+        let mut free: Vec<usize> = (0..self.0.len()).collect();
+        let mut id = 0;
+        for (position, destination) in self.0.iter().enumerate() {
+            let rank = free.partition_point(|candidate| candidate < destination);
+            free.remove(rank);
+            id += rank * Decision::count(self.0.len() - 1 - position);
+        }
+        id
+    }
+
+    /// Destination of each group's tensor.
+    pub fn send_to(&self) -> &[usize] {
+        &self.0
+    }
+
+    /// The groups that really send, with their destinations, in group order.
+    pub fn sends(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        self.0.iter().copied().enumerate().filter(|(from, to)| from != to)
+    }
+
+    /// Whether every group sends to another one (the paper's *communication-intensive*).
+    pub fn is_intensive(&self) -> bool {
+        self.sends().count() == self.0.len()
+    }
+}
+
+/// One round of exchange.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// Who sends to whom.
+    pub decision: Decision,
+    /// Sparsity level, an index into the policy's [`Levels`].
+    pub level: usize,
+}
+
+/// A checked communication policy for one network.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(into = "PolicyFile", try_from = "PolicyFile")]
+pub struct Policy {
+    /// G, the number of groups.
+    pub groups: usize,
+    /// α, the number of blocks computed per exchange.
+    pub staleness: usize,
+    /// Element type on the wire.
+    pub dtype: Dtype,
+    /// The sparsity levels that `steps` refer to.
+    pub levels: Levels,
+    /// One entry a step, first step first.
+    pub steps: Vec<Step>,
+    /// Where the policy came from (seed, search settings, measured accuracy); carried, never read.
+    pub provenance: Option<serde_json::Map<String, serde_json::Value>>,
+}
+
+impl Policy {
+    /// Reads a policy file.
+    ///
+    /// # Errors
+    /// One sentence that says which step is wrong and what was expected.
+    pub fn from_json(json: &[u8]) -> Result<Policy, PolicyError> {
+        if json.len() > MAX_POLICY_BYTES {
+            return Err(PolicyError::TooLarge { bytes: json.len() });
+        }
+        let file: PolicyFile = serde_json::from_slice(json).map_err(PolicyError::Json)?;
+        Policy::try_from(file)
+    }
+
+    /// Writes the `steps` form, indented, with a final newline.
+    pub fn to_json(&self) -> String {
+        let mut text = serde_json::to_string_pretty(self).unwrap_or_default();
+        text.push('\n');
+        text
+    }
+
+    /// A policy of `steps` silent steps: nothing is ever exchanged.
+    pub fn silent(groups: usize, staleness: usize, steps: usize) -> Policy {
+        let levels = Levels::default();
+        let step = Step { decision: Decision::silent(groups), level: levels.full() };
+        Policy {
+            groups,
+            staleness,
+            dtype: Dtype::F32,
+            levels,
+            steps: vec![step; steps],
+            provenance: None,
+        }
+    }
+
+    /// Number of steps a trunk of `blocks` blocks allows: `⌊B / α⌋`.
+    pub fn steps_for(blocks: usize, staleness: usize) -> usize {
+        blocks / staleness
+    }
+
+    /// The block (counted from 0) whose output step `step` sends: block `t·α + 1` of the paper.
+    pub fn sent_after(&self, step: usize) -> usize {
+        step * self.staleness
+    }
+
+    /// The block (counted from 0) to whose sum step `step` is added: block `t·α + α` of the paper.
+    pub fn added_in(&self, step: usize) -> usize {
+        (step + 1) * self.staleness - 1
+    }
+
+    /// The paper's communication cost, as a fraction of a ring all-reduce after every block.
+    ///
+    /// `(Σ_t senders_t · p_t) / (2(G − 1) · B)`, halved for f16 (Tables 5 and 6). It counts sends
+    /// and ignores how large the tensors are.
+    pub fn paper_cost(&self, blocks: usize) -> f64 {
+        let sent: f64 = self
+            .steps
+            .iter()
+            .map(|step| step.decision.sends().count() as f64 * self.levels.percent(step.level))
+            .sum();
+        let ring = 2.0 * (self.groups as f64 - 1.0) * blocks as f64;
+        let width = self.dtype.size() as f64 / Dtype::F32.size() as f64;
+        if ring > 0.0 { sent / 100.0 / ring * width } else { 0.0 }
+    }
+}
+
+/// The policy file as it is written: both forms, nothing checked yet.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(title = "snn policy")]
+pub struct PolicyFile {
+    /// Version of this format: 1.
+    version: u32,
+    /// G, the number of groups, 2 to 8.
+    groups: usize,
+    /// α, blocks computed per exchange, at least 1.
+    staleness: usize,
+    /// Element type on the wire.
+    #[serde(default)]
+    dtype: Dtype,
+    /// Sparsity levels; nine from 50 % to 100 % when absent.
+    #[serde(default)]
+    levels: Levels,
+    /// One entry a step. Either this or `decisions`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    steps: Option<Vec<StepFile>>,
+    /// Shorthand: a decision's number, or `[number, level]`. Either this or `steps`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    decisions: Option<Vec<Shorthand>>,
+    /// Free object: where the policy came from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    provenance: Option<serde_json::Map<String, serde_json::Value>>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct StepFile {
+    /// Destination of each group's tensor: a permutation of 0 … G − 1.
+    send_to: Vec<usize>,
+    /// Sparsity level; everything is sent when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    level: Option<usize>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+enum Shorthand {
+    /// Number of the decision, in lexicographic order.
+    Id(usize),
+    /// Number of the decision, and its sparsity level.
+    IdAndLevel(usize, usize),
+}
+
+impl From<Policy> for PolicyFile {
+    fn from(policy: Policy) -> PolicyFile {
+        let steps = policy
+            .steps
+            .into_iter()
+            .map(|step| StepFile { send_to: step.decision.0, level: Some(step.level) })
+            .collect();
+        PolicyFile {
+            version: POLICY_VERSION,
+            groups: policy.groups,
+            staleness: policy.staleness,
+            dtype: policy.dtype,
+            levels: policy.levels,
+            steps: Some(steps),
+            decisions: None,
+            provenance: policy.provenance,
+        }
+    }
+}
+
+impl TryFrom<PolicyFile> for Policy {
+    type Error = PolicyError;
+
+    fn try_from(file: PolicyFile) -> Result<Policy, PolicyError> {
+        let PolicyFile { version, groups, staleness, dtype, levels, .. } = file;
+        if version != POLICY_VERSION {
+            return Err(PolicyError::Version { found: version });
+        }
+        if !(2..=MAX_GROUPS).contains(&groups) {
+            return Err(PolicyError::Groups { found: groups });
+        }
+        if staleness == 0 {
+            return Err(PolicyError::Staleness);
+        }
+        let percent_fits = (0.0..=100.0).contains(&levels.min_percent);
+        if !(1..=MAX_LEVELS).contains(&levels.count) || !percent_fits {
+            return Err(PolicyError::Levels { count: levels.count, percent: levels.min_percent });
+        }
+        let raw: Vec<(Result<Decision, PolicyError>, Option<usize>)> =
+            match (file.steps, file.decisions) {
+                (Some(steps), None) => steps
+                    .into_iter()
+                    .map(|step| (Decision::new(step.send_to), step.level))
+                    .collect(),
+                (None, Some(decisions)) => decisions
+                    .into_iter()
+                    .map(|shorthand| {
+                        let (id, level) = match shorthand {
+                            Shorthand::Id(id) => (id, None),
+                            Shorthand::IdAndLevel(id, level) => (id, Some(level)),
+                        };
+                        let known = Decision::from_id(id, groups);
+                        (known.ok_or(PolicyError::DecisionId { id, groups }), level)
+                    })
+                    .collect(),
+                _ => return Err(PolicyError::Form),
+            };
+        let steps = raw
+            .into_iter()
+            .enumerate()
+            .map(|(index, (decision, level))| {
+                check_step(decision, level, groups, &levels)
+                    .map_err(|reason| PolicyError::Step { step: index, reason: Box::new(reason) })
+            })
+            .collect::<Result<Vec<Step>, PolicyError>>()?;
+        Ok(Policy { groups, staleness, dtype, levels, steps, provenance: file.provenance })
+    }
+}
+
+fn check_step(
+    decision: Result<Decision, PolicyError>,
+    level: Option<usize>,
+    groups: usize,
+    levels: &Levels,
+) -> Result<Step, PolicyError> {
+    let decision = decision?;
+    if decision.0.len() != groups {
+        return Err(PolicyError::Length { found: decision.0.len(), groups });
+    }
+    let level = level.unwrap_or(levels.full());
+    if level >= levels.count {
+        return Err(PolicyError::Level { found: level, last: levels.full() });
+    }
+    Ok(Step { decision, level })
+}
+
+/// Why a policy file is refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PolicyError {
+    /// Not JSON, a missing or unknown key, or a value of the wrong type.
+    #[error("{0}")]
+    Json(#[source] serde_json::Error),
+    /// The file is larger than [`MAX_POLICY_BYTES`].
+    #[error("{bytes} bytes are more than the {MAX_POLICY_BYTES} a policy may have")]
+    TooLarge {
+        /// Size of the file.
+        bytes: usize,
+    },
+    /// Made for a newer or an unknown format.
+    #[error("version {found}, expected {POLICY_VERSION}")]
+    Version {
+        /// The file's version.
+        found: u32,
+    },
+    /// The number of groups is out of range.
+    #[error("groups: {found}, expected 2 to {MAX_GROUPS}")]
+    Groups {
+        /// The file's value.
+        found: usize,
+    },
+    /// Staleness 0 would add a tensor before it is sent.
+    #[error("staleness: 0, expected at least 1")]
+    Staleness,
+    /// The sparsity levels make no sense.
+    #[error(
+        "levels: count {count}, min_percent {percent}, expected count 1 to {MAX_LEVELS} and min_percent 0 to 100"
+    )]
+    Levels {
+        /// The file's number of levels.
+        count: usize,
+        /// The file's lowest percentage.
+        percent: f64,
+    },
+    /// Neither form is present, or both.
+    #[error("expected exactly one of \"steps\" and \"decisions\"")]
+    Form,
+    /// The element type is none of ours.
+    #[error("dtype \"{found}\", expected \"f32\" or \"f16\"")]
+    Dtype {
+        /// The name that was given.
+        found: String,
+    },
+    /// Something is wrong with one step.
+    #[error("step {step}: {reason}")]
+    Step {
+        /// Which step, counted from 0.
+        step: usize,
+        /// What is wrong with it.
+        #[source]
+        reason: Box<PolicyError>,
+    },
+    /// Two groups share a destination, or a destination does not exist.
+    #[error("send_to {found:?} is not a permutation of 0 to {}", found.len().saturating_sub(1))]
+    NotAPermutation {
+        /// The list that was given.
+        found: Vec<usize>,
+    },
+    /// The permutation is for another number of groups.
+    #[error("send_to has {found} entries, expected {groups}, one a group")]
+    Length {
+        /// Entries given.
+        found: usize,
+        /// Entries expected.
+        groups: usize,
+    },
+    /// No decision has this number.
+    #[error("decision {id}, expected 0 to {}", Decision::count(*groups) - 1)]
+    DecisionId {
+        /// The number that was given.
+        id: usize,
+        /// The policy's groups.
+        groups: usize,
+    },
+    /// No level has this number.
+    #[error("level {found}, expected 0 to {last}")]
+    Level {
+        /// The level that was given.
+        found: usize,
+        /// The highest level there is.
+        last: usize,
+    },
+}
