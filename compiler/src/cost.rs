@@ -14,7 +14,7 @@ use crate::schedule::{Action, Cut};
 /// Both costs of a split.
 pub(crate) fn cost(placed: &Placed, cuts: &[Cut], policy: Option<&Policy>) -> Cost {
     let bytes = |exchanged: bool| -> u64 {
-        let chosen = cuts.iter().filter(|cut| cut.exchange.is_some() == exchanged);
+        let chosen = cuts.iter().filter(|cut| cut.taker.exchange.is_some() == exchanged);
         chosen.map(|cut| placed.graph.tensor(cut.tensor).bytes()).sum()
     };
     let blocks = &placed.blocks;

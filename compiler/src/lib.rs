@@ -9,6 +9,7 @@ pub mod error;
 pub mod exchange;
 pub mod graph;
 pub mod groups;
+pub mod picture;
 pub mod placement;
 pub mod read;
 pub mod schedule;
@@ -257,11 +258,13 @@ fn transfer(graph: &Graph, id: usize, cut: &Cut) -> Transfer {
         id: id as u32,
         from: cut.from,
         to: cut.to,
-        step: cut.exchange.map(|exchange| exchange.step),
+        from_group: graph.op(tensor.producer).group.map(|group| group.0),
+        to_group: cut.taker.group.map(|group| group.0),
+        step: cut.taker.exchange.map(|exchange| exchange.step),
         tensor: tensor.name.clone(),
         shape: tensor.shape.clone(),
         keep: tensor.channels(),
-        channels: cut.exchange.map_or(tensor.channels(), |exchange| exchange.channels),
+        channels: cut.taker.exchange.map_or(tensor.channels(), |exchange| exchange.channels),
         dtype: shards::dtype(tensor.elem),
         bytes: tensor.bytes(),
     }

@@ -9,7 +9,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 
-use crate::graph::{Exchange, OpId, TensorId};
+use crate::graph::{Exchange, GroupId, OpId, TensorId};
 use crate::placement::Placed;
 
 /// A tensor that crosses from one node to another.
@@ -21,8 +21,17 @@ pub struct Cut {
     pub from: usize,
     /// Receiving rank.
     pub to: usize,
+    /// Who asks for it.
+    pub taker: Taker,
+}
+
+/// What a tensor is taken for on another node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Taker {
     /// The exchange that asks for it, if one does.
     pub exchange: Option<Exchange>,
+    /// The group that takes it; none for stem and head.
+    pub group: Option<GroupId>,
 }
 
 /// One thing a node does.
@@ -42,23 +51,24 @@ pub fn cuts(placed: &Placed) -> Vec<Cut> {
     let mut cuts = Vec::new();
     for op in graph.order() {
         for &tensor in &graph.op(op).outputs {
-            for (to, exchange) in takers(placed, tensor) {
-                cuts.push(Cut { tensor, from: placed.sender(tensor), to, exchange });
+            for (to, taker) in takers(placed, tensor) {
+                cuts.push(Cut { tensor, from: placed.sender(tensor), to, taker });
             }
         }
     }
     cuts
 }
 
-/// The ranks that take a tensor without having it, and for which exchange.
-fn takers(placed: &Placed, tensor: TensorId) -> BTreeMap<usize, Option<Exchange>> {
+/// The ranks that take a tensor without having it, and what for.
+fn takers(placed: &Placed, tensor: TensorId) -> BTreeMap<usize, Taker> {
     let graph = &placed.graph;
-    let mut takers: BTreeMap<usize, Option<Exchange>> = BTreeMap::new();
+    let mut takers: BTreeMap<usize, Taker> = BTreeMap::new();
     for user in graph.consumers(tensor) {
         for &rank in placed.homes[&user].iter().filter(|&&rank| !placed.has(rank, tensor)) {
-            let exchange = graph.op(user).exchange;
+            let op = graph.op(user);
             let taker = takers.entry(rank).or_default();
-            *taker = taker.or(exchange);
+            taker.exchange = taker.exchange.or(op.exchange);
+            taker.group = taker.group.or(op.group);
         }
     }
     let is_output = graph.outputs.iter().any(|(_, output)| *output == tensor);

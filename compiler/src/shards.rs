@@ -269,7 +269,7 @@ impl<'a> Writer<'a> {
         let tensor = self.graph.tensor(cut.tensor);
         let shape: Vec<i64> = tensor.shape.iter().map(|&dim| dim as i64).collect();
         let dtype = dtype(tensor.elem).to_string();
-        let step = cut.exchange.map_or(-1, |exchange| exchange.step as i64);
+        let step = cut.taker.exchange.map_or(-1, |exchange| exchange.step as i64);
         NodeProto {
             name: Some(format!("{op_type}_t{number}")),
             op_type: Some(op_type.to_owned()),

@@ -21,34 +21,48 @@ pub fn shape(shape: &[usize]) -> String {
     format!("[{}]", dims.join(","))
 }
 
-/// A transfer on one line; `ends` says who talks to whom.
-pub fn transfer(transfer: &Transfer, ends: &str) -> String {
+/// A transfer on one line.
+pub fn transfer(transfer: &Transfer) -> String {
+    let from = end(transfer.from, transfer.from_group);
+    let to = end(transfer.to, transfer.to_group);
     let keep = match transfer.channels {
         channels if channels == transfer.keep || channels == 0 => String::new(),
         channels => format!("×{}", transfer.keep as f64 / channels as f64),
     };
     let Transfer { id, tensor, dtype, bytes, .. } = transfer;
-    format!("t{id}  {tensor}  {}{keep} {dtype}  {ends}  {bytes} B", shape(&transfer.shape))
+    format!("t{id}  {tensor}  {}{keep} {dtype}  {from} → {to}  {bytes} B", shape(&transfer.shape))
 }
 
-/// All transfers of a split, a line each, between groups where groups have nodes of their own.
+/// All transfers of a split, a line each, in the order in which they are sent.
 pub fn transfers(manifest: &Manifest) -> String {
-    let mut text = String::new();
-    for entry in &manifest.transfers {
-        let ends = format!("{} → {}", node(manifest, entry.from), node(manifest, entry.to));
-        // Writing to a String cannot end in an error.
-        let _ = writeln!(text, "{}", transfer(entry, &ends));
-    }
-    text
+    manifest.transfers.iter().map(|entry| transfer(entry) + "\n").collect()
 }
 
-/// A node by the group it computes where that says it all, else by its rank.
-fn node(manifest: &Manifest, rank: usize) -> String {
-    let groups = groups_of(manifest, rank);
-    match groups[..] {
-        [group] if manifest.nodes.len() == manifest.groups => format!("g{group}"),
-        _ => format!("n{rank}"),
-    }
+/// An end of a transfer: the group where there is one, else the node.
+fn end(rank: usize, group: Option<usize>) -> String {
+    group.map_or_else(|| format!("n{rank}"), |group| format!("g{group}"))
+}
+
+/// Both costs, a line each.
+pub fn costs(manifest: &Manifest) -> String {
+    let (paper, wire) = (&manifest.cost.paper, &manifest.cost.wire);
+    let mut text = String::new();
+    // Writing to a String cannot end in an error.
+    let _ = writeln!(
+        text,
+        "paper cost  {:.2} % of a ring all-reduce after each of {} blocks (sends counted)",
+        paper.fraction * 100.0,
+        paper.blocks
+    );
+    let _ = writeln!(
+        text,
+        "wire bytes  {:.2} %: {} B exchanged of {} B in the ring, {} B besides (input, head)",
+        wire.fraction * 100.0,
+        wire.exchange_bytes,
+        wire.ring_bytes,
+        wire.other_bytes
+    );
+    text
 }
 
 /// The groups a node computes.

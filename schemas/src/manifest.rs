@@ -115,6 +115,12 @@ pub struct Transfer {
     pub from: usize,
     /// Receiving rank.
     pub to: usize,
+    /// Group whose features are sent; absent for what belongs to none (the input, say).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from_group: Option<usize>,
+    /// Group that takes them; absent where stem or head does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to_group: Option<usize>,
     /// The policy's step; absent for what no step asks for (the input, say).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub step: Option<usize>,

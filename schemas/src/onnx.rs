@@ -28,9 +28,11 @@ pub const IR_VERSION: i64 = Version::IrVersion as i64;
 /// How deep messages may lie inside one another: prost's own limit, 33 subgraphs one in the other.
 const MAX_DEPTH: usize = 100;
 
-/// Every message's name and fields: a field's number, and which message it holds, if any.
-const FIELDS: &[(&str, &[(u32, Option<usize>)])] =
-    include!(concat!(env!("OUT_DIR"), "/onnx_fields.rs"));
+/// A message's name and fields: each field's number, and which message it holds, if any.
+type MessageFields = (&'static str, &'static [(u32, Option<usize>)]);
+
+/// The fields of every message; a message is meant by its place here.
+const FIELDS: &[MessageFields] = include!(concat!(env!("OUT_DIR"), "/onnx_fields.rs"));
 
 /// Reads an `.onnx` file. The model shares the memory of `bytes`.
 ///

@@ -1,0 +1,230 @@
+//! The asking side: questions to a running cluster, at the address of any of its nodes.
+//!
+//! [`Client::connect`] takes a node's address; the client's questions reach the whole cluster through
+//! that node. It gives what the cluster takes and gives ([`ClusterInfo`]), the answers to inference
+//! requests, and what each node has counted. Every question has a deadline; every answer is bounded
+//! in size before it is decoded. Dropping a client disconnects it.
+
+use std::net::{TcpStream, ToSocketAddrs as _};
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use snn_schemas::manifest::Port;
+use snn_schemas::wire;
+use zenoh::query::{ConsolidationMode, QueryTarget};
+use zenoh::Session;
+
+use crate::transport::zenoh::{
+    LinkError, client_config, into_bytes, one_line, parse_address, split_prefix,
+};
+use crate::{NodeReport, Tensor};
+
+/// How long a node may take to accept a connection: beyond it, nobody is there.
+const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+/// What a question may take on the way, beyond the time given for its answer.
+const TRAVEL: Duration = Duration::from_millis(500);
+/// Largest description or report accepted, in bytes: names of a thousand classes fit.
+const MAX_JSON: usize = 1 << 20;
+
+/// Key under which the entry node describes its cluster.
+pub(crate) fn info_key(split: &str) -> String {
+    format!("snn/{}/info", split_prefix(split))
+}
+
+/// Key under which the entry node answers.
+pub(crate) fn infer_key(split: &str) -> String {
+    format!("snn/{}/infer", split_prefix(split))
+}
+
+/// Key under which a node reports.
+pub(crate) fn report_key(split: &str, rank: usize) -> String {
+    format!("snn/{}/report/{rank}", split_prefix(split))
+}
+
+/// What a cluster takes and gives, as its entry node describes it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ClusterInfo {
+    /// Identity of the split, 64 hexadecimal digits.
+    pub split: String,
+    /// Nodes of the cluster.
+    pub nodes: usize,
+    /// The model's inputs, in order.
+    pub inputs: Vec<Port>,
+    /// The model's outputs, in order.
+    pub outputs: Vec<Port>,
+    /// The model's metadata: normalisation, class names, its author's own.
+    pub metadata: Vec<(String, String)>,
+}
+
+/// A connection to a cluster.
+#[derive(Debug)]
+pub struct Client {
+    session: Session,
+    info: ClusterInfo,
+}
+
+impl Client {
+    /// Connects to a node and asks what its cluster takes and gives.
+    ///
+    /// # Errors
+    /// [`AskError::Connect`] when nobody listens there; [`AskError::NoEntry`] when the node is there,
+    /// but its cluster's entry node is not.
+    pub async fn connect(node: &str, within: Duration) -> Result<Client, AskError> {
+        let address = parse_address(node)?;
+        reach(address.clone(), within.min(CONNECT_WITHIN)).await?;
+        let session = zenoh::open(client_config(&address)?)
+            .await
+            .map_err(|error| AskError::Session { reason: one_line(&error) })?;
+        let json = ask(&session, "snn/*/info", Bytes::new(), within).await?.into_iter().next();
+        let json = json.ok_or(AskError::NoEntry)?;
+        let info = parse(&json)?;
+        Ok(Client { session, info })
+    }
+
+    /// What the cluster takes and gives.
+    pub fn info(&self) -> &ClusterInfo {
+        &self.info
+    }
+
+    /// Asks for one inference; gives the model's outputs in order.
+    ///
+    /// # Errors
+    /// The cluster's refusal in its own words, or that there was no answer in time.
+    pub async fn infer(
+        &self,
+        inputs: Vec<Tensor>,
+        within: Duration,
+    ) -> Result<Vec<Tensor>, AskError> {
+        let question = wire::Infer { within, inputs }.encode();
+        let answers = ask(&self.session, &infer_key(&self.info.split), question, within).await?;
+        let answer = answers.into_iter().next().ok_or(AskError::NoAnswer { within })?;
+        match wire::Reply::decode(answer)? {
+            wire::Reply::Answer(outputs) => Ok(outputs),
+            wire::Reply::Failure(reason) => Err(AskError::Refused { reason }),
+        }
+    }
+
+    /// What each node has counted since it started, by rank; nodes that do not answer are left out.
+    ///
+    /// # Errors
+    /// A connection that has ended, or a report that cannot be read.
+    pub async fn reports(&self, within: Duration) -> Result<Vec<NodeReport>, AskError> {
+        let key = format!("snn/{}/report/*", split_prefix(&self.info.split));
+        let answers = ask(&self.session, &key, Bytes::new(), within).await?;
+        let mut reports =
+            answers.iter().map(parse).collect::<Result<Vec<NodeReport>, AskError>>()?;
+        reports.sort_by_key(|report| report.rank);
+        Ok(reports)
+    }
+
+    /// Disconnects.
+    pub async fn close(&self) {
+        if let Err(error) = self.session.close().await {
+            tracing::debug!(reason = one_line(&error), "session did not close cleanly");
+        }
+    }
+}
+
+/// Whether somebody listens there: the system's answer is clearer than zenoh's.
+async fn reach(address: String, within: Duration) -> Result<(), AskError> {
+    let connect = {
+        let address = address.clone();
+        move || {
+            let place = address.strip_prefix("tcp/").unwrap_or(&address);
+            let mut last = std::io::ErrorKind::AddrNotAvailable.into();
+            for socket in place.to_socket_addrs()? {
+                match TcpStream::connect_timeout(&socket, within) {
+                    Ok(_) => return Ok(()),
+                    Err(error) => last = error,
+                }
+            }
+            Err(last)
+        }
+    };
+    match tokio::task::spawn_blocking(connect).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(source)) => Err(AskError::Connect { address, source }),
+        Err(_) => Err(AskError::Connect { address, source: std::io::ErrorKind::Other.into() }),
+    }
+}
+
+/// Asks everybody who answers under `key`, and gathers their answers until all have answered.
+async fn ask(
+    session: &Session,
+    key: &str,
+    question: Bytes,
+    within: Duration,
+) -> Result<Vec<Bytes>, AskError> {
+    let error = |error: zenoh::Error| AskError::Session { reason: one_line(&error) };
+    let replies = session
+        .get(key)
+        .payload(question)
+        .target(QueryTarget::All)
+        .consolidation(ConsolidationMode::None)
+        .timeout(within + TRAVEL)
+        .await
+        .map_err(error)?;
+    let mut answers = Vec::new();
+    while let Ok(reply) = replies.recv_async().await {
+        // An error reply is zenoh's own, at the end of the time given: it is no answer.
+        if let Ok(sample) = reply.into_result() {
+            answers.push(into_bytes(sample.payload()).ok_or(AskError::TooLarge)?);
+        }
+    }
+    Ok(answers)
+}
+
+fn parse<T: for<'a> Deserialize<'a>>(json: &Bytes) -> Result<T, AskError> {
+    if json.len() > MAX_JSON {
+        return Err(AskError::TooLarge);
+    }
+    serde_json::from_slice(json).map_err(AskError::Json)
+}
+
+/// Why a question has no answer.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AskError {
+    /// An address of another form, or a setting that zenoh does not take.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// Nobody listens at the address.
+    #[error("nobody listens on {address}: {source}")]
+    Connect {
+        /// The address.
+        address: String,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// The session cannot be opened, or has ended.
+    #[error("zenoh: {reason}")]
+    Session {
+        /// Zenoh's answer.
+        reason: String,
+    },
+    /// The node is there, but not the one that answers.
+    #[error("the node knows of no entry node")]
+    NoEntry,
+    /// Nothing came in time.
+    #[error("no answer within {} s", within.as_secs_f64())]
+    NoAnswer {
+        /// The time given.
+        within: Duration,
+    },
+    /// The cluster's own reason.
+    #[error("{reason}")]
+    Refused {
+        /// In one sentence.
+        reason: String,
+    },
+    /// An answer beyond every limit.
+    #[error("the answer is too large")]
+    TooLarge,
+    /// A description or report that is none.
+    #[error("the answer cannot be read: {0}")]
+    Json(#[source] serde_json::Error),
+    /// An answer that is none.
+    #[error("the answer cannot be read: {0}")]
+    Wire(#[from] wire::WireError),
+}

@@ -1,0 +1,243 @@
+//! The command line of `snn-run`: what may be typed, and the help that explains it.
+//!
+//! Takes `argv`; gives [`Args`], or clap's own answer for `--help`, `--version` and mistakes.
+//! [`Args::mode`] says which of the three commands was meant.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgGroup, Parser, Subcommand};
+
+/// Longest `--timeout`, in seconds: a week; beyond it is a mistake.
+const MAX_TIMEOUT: f64 = 7.0 * 24.0 * 3600.0;
+/// Most `--threads`: more than any device at hand has cores.
+const MAX_THREADS: i64 = 256;
+/// Most `--repeat`: a million requests fill a day.
+const MAX_REPEAT: i64 = 1_000_000;
+
+const NODE_HELP: &str = "\
+Examples:
+  A node of two, on a device of its own (addresses may also stand in cluster.json):
+      snn-run net.shards/shard_1.onnx --listen 192.168.1.12:7447 --peer 192.168.1.11:7447
+  The whole cluster on this machine, timed:
+      snn-run --local net.shards --repeat 100
+  One answer, checked against a reference:
+      snn-run --local net.shards --input x.npy --output y.npy --check reference.npy
+  Ask a running cluster, at any of its nodes:
+      snn-run infer --node 192.168.1.11:7447 cat.png
+
+Exit codes: 0 done, 1 --check found a difference, 2 error.";
+
+const INFER_HELP: &str = "\
+Example:
+  snn-run infer --node 192.168.1.11:7447 cat.png
+  snn-run infer --node 192.168.1.12:7447 x.npy --output y.npy";
+
+/// Run the shards of a split network: one node, or a whole cluster on this machine.
+#[derive(Debug, Parser)]
+#[command(
+    name = "snn-run",
+    version,
+    after_help = NODE_HELP,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    group(ArgGroup::new("what").required(true).args(["shard", "local"])),
+)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+
+    /// Shard to run as a node, until Ctrl-C or SIGTERM
+    #[arg(value_name = "SHARD.onnx")]
+    shard: Option<PathBuf>,
+
+    /// Run every shard of this folder, one process each, over loopback
+    #[arg(long, value_name = "DIR")]
+    local: Option<PathBuf>,
+
+    /// Compute threads of a node
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=MAX_THREADS))]
+    threads: u16,
+
+    /// Address to listen on [default: the node's in cluster.json, else 127.0.0.1 and a free port]
+    #[arg(long, value_name = "ADDR", conflicts_with = "local", help_heading = "One node")]
+    listen: Option<String>,
+
+    /// Address of another node, in addition to those in cluster.json; may be repeated
+    #[arg(long, value_name = "ADDR", conflicts_with = "local", help_heading = "One node")]
+    peer: Vec<String>,
+
+    /// Give up when peers are still missing after this long [default: keep trying]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, conflicts_with = "local", help_heading = "One node")]
+    timeout: Option<Duration>,
+
+    /// Inputs: .npy (f32, batch first) or PNG or JPEG [default: one input of seeded noise]
+    #[arg(long, value_name = "FILE", num_args = 1.., requires = "local", help_heading = "Whole cluster (--local)")]
+    input: Vec<PathBuf>,
+
+    /// Write the model's output, .npy; several inputs stacked on axis 0
+    #[arg(long, value_name = "FILE", requires = "local", help_heading = "Whole cluster (--local)")]
+    output: Option<PathBuf>,
+
+    /// Run the inputs this often, after one run that is not timed
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_REPEAT), help_heading = "Whole cluster (--local)")]
+    repeat: u32,
+
+    /// Compare the output with this .npy; exit code 1 where they differ by more than 1e-4
+    #[arg(long, value_name = "FILE", requires = "local", help_heading = "Whole cluster (--local)")]
+    check: Option<PathBuf>,
+
+    /// Print the measurements as JSON
+    #[arg(long, requires = "local", help_heading = "Whole cluster (--local)")]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Ask a running cluster
+    Infer(Infer),
+}
+
+/// Ask a running cluster, at the address of any of its nodes.
+#[derive(Debug, Parser)]
+#[command(after_help = INFER_HELP)]
+pub struct Infer {
+    /// Input: .npy (f32, batch first) or PNG or JPEG
+    #[arg(value_name = "FILE")]
+    pub input: PathBuf,
+
+    /// Address of any node of the cluster
+    #[arg(long, value_name = "ADDR")]
+    pub node: String,
+
+    /// Write the model's output, .npy
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+
+    /// Give up after this long
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    pub timeout: Duration,
+
+    /// Print the answer as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Run one shard as a node.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// The shard.
+    pub shard: PathBuf,
+    /// Address to listen on, where one was given.
+    pub listen: Option<String>,
+    /// Addresses of other nodes, beside those of the manifest.
+    pub peers: Vec<String>,
+    /// How long missing peers are waited for; for ever where none was given.
+    pub timeout: Option<Duration>,
+    /// Compute threads.
+    pub threads: usize,
+}
+
+/// Run every shard of a folder.
+#[derive(Clone, Debug)]
+pub struct Local {
+    /// The folder, with its manifest.
+    pub folder: PathBuf,
+    /// Inputs; seeded noise where there are none.
+    pub inputs: Vec<PathBuf>,
+    /// Where the output goes.
+    pub output: Option<PathBuf>,
+    /// How often the inputs are run.
+    pub repeat: usize,
+    /// What the output must be.
+    pub check: Option<PathBuf>,
+    /// Compute threads a node.
+    pub threads: usize,
+    /// Whether to print JSON.
+    pub json: bool,
+}
+
+/// What was asked for.
+#[derive(Debug)]
+pub enum Mode {
+    /// `snn-run SHARD.onnx`
+    Node(Node),
+    /// `snn-run --local DIR`
+    Local(Local),
+    /// `snn-run infer`
+    Infer(Infer),
+}
+
+impl Args {
+    /// Which command it is, with its own arguments only.
+    pub fn mode(self) -> Mode {
+        let threads = usize::from(self.threads);
+        match (self.command, self.local) {
+            (Some(Command::Infer(infer)), _) => Mode::Infer(infer),
+            (None, Some(folder)) => Mode::Local(Local {
+                folder,
+                inputs: self.input,
+                output: self.output,
+                repeat: self.repeat as usize,
+                check: self.check,
+                threads,
+                json: self.json,
+            }),
+            (None, None) => Mode::Node(Node {
+                // The group "what" makes clap refuse a command line with neither.
+                shard: self.shard.unwrap_or_default(),
+                listen: self.listen,
+                peers: self.peer,
+                timeout: self.timeout,
+                threads,
+            }),
+        }
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let range = format!("expected seconds, more than 0 and at most {MAX_TIMEOUT}");
+    let number: f64 = text.parse().map_err(|_| range.clone())?;
+    match number > 0.0 && number <= MAX_TIMEOUT {
+        true => Ok(Duration::from_secs_f64(number)),
+        false => Err(range),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    fn mode(line: &str) -> Mode {
+        Args::try_parse_from(line.split(' ')).unwrap().mode()
+    }
+
+    #[test]
+    fn each_command_is_recognised() {
+        assert!(matches!(mode("snn-run d/shard_1.onnx --peer a:1 --peer b:2"), Mode::Node(n) if n.peers.len() == 2));
+        assert!(matches!(mode("snn-run --local d --input a.npy b.npy --json"), Mode::Local(l) if l.inputs.len() == 2 && l.json));
+        assert!(matches!(mode("snn-run infer --node a:1 x.npy"), Mode::Infer(i) if i.node == "a:1"));
+    }
+
+    #[test]
+    fn mixtures_are_refused() {
+        for line in [
+            "snn-run",
+            "snn-run d/shard_1.onnx --local d",
+            "snn-run d/shard_1.onnx --json",
+            "snn-run --local d --peer a:1",
+            "snn-run d/shard_1.onnx --timeout 0",
+            "snn-run d/shard_1.onnx --timeout NaN",
+            "snn-run --local d --repeat 0",
+        ] {
+            assert!(Args::try_parse_from(line.split(' ')).is_err(), "{line}");
+        }
+    }
+}

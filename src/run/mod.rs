@@ -1,0 +1,138 @@
+//! `snn-run`: one node, a whole cluster on this machine, or a question to a running cluster.
+//!
+//! Takes parsed [`args::Args`] and gives the process's exit code. Everything the user reads is
+//! written here: results to standard output, progress and one line an error to standard error. What
+//! examples and tests start clusters with is [`local::LocalCluster`].
+
+pub mod args;
+mod infer;
+pub mod input;
+pub mod local;
+mod report;
+mod serve;
+
+use std::fmt::Display;
+use std::io::{self, IsTerminal as _, Write as _};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use tracing_subscriber::EnvFilter;
+
+use args::{Args, Mode};
+
+/// The answer is no: `--check` found a difference.
+pub const EXIT_DIFFERENT: u8 = 1;
+/// Something went wrong.
+pub const EXIT_ERROR: u8 = 2;
+
+/// Environment variable that says what is logged, as `tracing` filters are written.
+const LOG_VARIABLE: &str = "SNN_LOG";
+/// What is logged otherwise: our own warnings. Zenoh's describe what it tries again by itself.
+const LOG_DEFAULT: &str = "off,snn=warn,snn_runtime=warn";
+/// Worker threads of the process: they move bytes, the computing is done elsewhere.
+const IO_THREADS: usize = 2;
+
+/// Runs the command that was asked for, and says on standard error why it could not.
+pub fn run(args: Args) -> ExitCode {
+    start_logging();
+    let done = match args.mode() {
+        Mode::Node(node) => block_on(serve::node(node)),
+        Mode::Local(local) => block_on(report::local(local)),
+        Mode::Infer(infer) => block_on(infer::infer(infer)),
+    };
+    done.unwrap_or_else(|error| {
+        if is_broken_pipe(&error) {
+            return ExitCode::SUCCESS;
+        }
+        complain(&one_line(&error));
+        ExitCode::from(EXIT_ERROR)
+    })
+}
+
+/// Writes one line about an error to standard error.
+pub fn complain(reason: &str) {
+    // Without a standard error there is nobody left to tell.
+    let _ = writeln!(io::stderr(), "snn-run: {reason}");
+}
+
+/// An error and its causes on one line, each said once.
+pub fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        if line.ends_with(&text) {
+            continue;
+        }
+        if !line.is_empty() {
+            line.push_str(": ");
+        }
+        line.push_str(&text);
+    }
+    line
+}
+
+/// Logs to standard error what [`LOG_VARIABLE`] asks for.
+fn start_logging() {
+    let filter = EnvFilter::try_from_env(LOG_VARIABLE)
+        .unwrap_or_else(|_| EnvFilter::new(LOG_DEFAULT));
+    let color = io::stderr().is_terminal();
+    let logging = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(color);
+    // An error means that somebody, an example say, logs already.
+    let _ = logging.with_writer(io::stderr).try_init();
+}
+
+fn block_on<T>(task: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(IO_THREADS)
+        .enable_all()
+        .build()
+        .context("start")?;
+    runtime.block_on(task)
+}
+
+/// Writes to standard output; its error for a reader that has gone is recognised by [`run`].
+fn print(text: impl Display) -> Result<()> {
+    let mut output = io::stdout().lock();
+    writeln!(output, "{text}").and_then(|()| output.flush()).context("standard output")
+}
+
+/// Writes a line of progress to standard error.
+fn progress(text: impl Display) {
+    // Progress that nobody can read is no reason to stop.
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let broken = |cause: &io::Error| cause.kind() == io::ErrorKind::BrokenPipe;
+    error.downcast_ref::<io::Error>().is_some_and(broken)
+        || error.chain().any(|cause| cause.downcast_ref::<io::Error>().is_some_and(broken))
+}
+
+/// Waits for Ctrl-C or SIGTERM.
+async fn interrupted() -> Result<()> {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        let mut terminate = signal(SignalKind::terminate()).context("signals")?;
+        tokio::select! {
+            done = tokio::signal::ctrl_c() => done.context("signals"),
+            _ = terminate.recv() => Ok(()),
+        }
+    }
+    #[cfg(not(unix))]
+    tokio::signal::ctrl_c().await.context("signals")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_said_once_and_on_one_line() {
+        let inner = io::Error::other("no\nspace");
+        let error = anyhow::Error::new(inner).context("write").context("y.npy");
+        assert_eq!(one_line(&error), "y.npy: write: no space");
+        let repeated = anyhow::anyhow!("a: b").context("x: a: b");
+        assert_eq!(one_line(&repeated), "x: a: b");
+    }
+}

@@ -1,0 +1,566 @@
+//! Every setting of a run, with its default and the reason for it.
+//!
+//! Takes a TOML text and gives a [`Config`] whose rules have been checked ([`Config::check`]): an
+//! unknown key is an error, and so is a network that cannot be built or a staleness whose step would
+//! cross a stride. The defaults are the paper's where it gives them; [`Config::digits`] is the
+//! small preset of the quickstart. Writing a configuration and reading it back gives the same one.
+
+use serde::{Deserialize, Serialize};
+use snn_schemas::{Dtype, Levels, MAX_GROUPS, Policy};
+
+use crate::error::TrainError;
+
+/// Stages of the trunk, each but the first halving height and width (Table 1).
+pub const STAGES: usize = 3;
+
+/// All settings of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Start of every random number: weights, batches, shifts, policies, the validation split.
+    pub seed: u64,
+    /// Images to train on.
+    pub data: DataConfig,
+    /// The network.
+    pub net: NetConfig,
+    /// What groups exchange, and when.
+    pub exchange: ExchangeConfig,
+    /// Stage 1: the network's weights.
+    pub train: FitConfig,
+    /// Stages 2 and 3: the controller, and the choice of a policy.
+    pub search: SearchConfig,
+    /// The last stage: the weights under the best policy.
+    pub finetune: FinetuneConfig,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            seed: 1, // any will do; written into best.json
+            data: DataConfig::default(),
+            net: NetConfig::default(),
+            exchange: ExchangeConfig::default(),
+            train: FitConfig::default(),
+            search: SearchConfig::default(),
+            finetune: FinetuneConfig::default(),
+        }
+    }
+}
+
+/// A data set this crate can load.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DatasetName {
+    /// The 1,797 handwritten digits of 8×8 pixels that come with the crate.
+    #[default]
+    Digits,
+}
+
+/// Images to train on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DataConfig {
+    /// Which data set.
+    pub name: DatasetName,
+    /// Part of the training images set aside for validation, between 0 and 1.
+    pub validation: f64,
+}
+
+impl Default for DataConfig {
+    fn default() -> DataConfig {
+        DataConfig {
+            name: DatasetName::Digits, // the only one so far
+            validation: 0.1,           // section 4.1
+        }
+    }
+}
+
+/// The network of section 3.1: a separable ResNeXt.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NetConfig {
+    /// Number of layers, 9n + 2 for n blocks a stage: 20, 29, 38, … 56, … 110.
+    pub depth: usize,
+    /// G, the independent groups. With 1 it is the ordinary ResNeXt, and nothing is exchanged.
+    pub groups: usize,
+    /// C, the paths of a block, over all groups. G divides it.
+    pub cardinality: usize,
+    /// d, the channels of a path in the first stage; doubled with every stage.
+    pub path_width: usize,
+    /// Channels of one group's block output in the first stage; doubled with every stage.
+    pub trunk_width: usize,
+    /// Channels of `conv0`.
+    pub stem_channels: usize,
+    /// Channels, height and width of an image.
+    pub input: [usize; 3],
+    /// Classes to tell apart.
+    pub classes: usize,
+}
+
+impl Default for NetConfig {
+    fn default() -> NetConfig {
+        NetConfig {
+            depth: 56,          // Table 1
+            groups: 4,          // four devices, as in all of section 4
+            cardinality: 8,     // Table 1: 8×16d
+            path_width: 16,     // Table 1: 8×16d
+            trunk_width: 64,    // Table 1
+            stem_channels: 16,  // Table 1
+            input: [3, 32, 32], // CIFAR
+            classes: 100,       // CIFAR-100, as in Table 1
+        }
+    }
+}
+
+impl NetConfig {
+    /// n, the blocks of a stage.
+    pub fn blocks_per_stage(&self) -> usize {
+        self.depth.saturating_sub(2) / 9
+    }
+
+    /// B, the blocks of the trunk.
+    pub fn blocks(&self) -> usize {
+        STAGES * self.blocks_per_stage()
+    }
+
+    /// Channels, height and width of one group's output of block `block`, counted from 0.
+    pub fn block_shape(&self, block: usize) -> [usize; 3] {
+        let stage = block / self.blocks_per_stage().max(1);
+        let halve = |size: usize| (0..stage).fold(size, |size, _| size.div_ceil(2));
+        [self.trunk_width << stage, halve(self.input[1]), halve(self.input[2])]
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let at_least_one = [
+            ("net.cardinality", self.cardinality),
+            ("net.path_width", self.path_width),
+            ("net.trunk_width", self.trunk_width),
+            ("net.stem_channels", self.stem_channels),
+            ("net.input", self.input.into_iter().min().unwrap_or(0)),
+            ("net.classes", self.classes),
+        ];
+        for (key, value) in at_least_one {
+            within(key, value as f64, 1.0, f64::from(u16::MAX), "1 to 65535")?;
+        }
+        if self.depth < 11 || !(self.depth - 2).is_multiple_of(9) {
+            return Err(ConfigError::Depth { found: self.depth });
+        }
+        within("net.groups", self.groups as f64, 1.0, MAX_GROUPS as f64, "1 to 8")?;
+        if !self.cardinality.is_multiple_of(self.groups) {
+            let NetConfig { cardinality, groups, .. } = *self;
+            return Err(ConfigError::Cardinality { cardinality, groups });
+        }
+        Ok(())
+    }
+}
+
+/// What groups exchange, and when (section 3.3).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExchangeConfig {
+    /// α, the blocks computed per exchange.
+    pub staleness: usize,
+    /// Element type on the wire.
+    pub dtype: Dtype,
+    /// Whether the controller chooses a sparsity level a step; everything is sent otherwise.
+    pub search_levels: bool,
+    /// The sparsity levels.
+    pub levels: Levels,
+}
+
+impl Default for ExchangeConfig {
+    fn default() -> ExchangeConfig {
+        ExchangeConfig {
+            staleness: 2,              // all of the paper's tables
+            dtype: Dtype::F32,         // Table 2; Table 5 adds f16
+            search_levels: false,      // Table 2; Table 5 adds sparsity
+            levels: Levels::default(), // Table 4: 9 levels from 50 %
+        }
+    }
+}
+
+/// How the learning rate falls.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum Decay {
+    /// Multiplied by `factor` after every `every` epochs.
+    Step {
+        /// Epochs between two drops.
+        every: usize,
+        /// What a drop multiplies by.
+        factor: f64,
+    },
+    /// Half a cosine, from the full rate to (almost) nothing at the last epoch.
+    Cosine,
+}
+
+impl Decay {
+    /// The rate of epoch `epoch` of `epochs`, counted from 0, when it starts at `lr`.
+    pub fn rate(self, lr: f64, epoch: usize, epochs: usize) -> f64 {
+        match self {
+            Decay::Step { every, factor } => lr * factor.powf((epoch / every.max(1)) as f64),
+            Decay::Cosine => {
+                let done = epoch as f64 / epochs.max(1) as f64;
+                lr * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
+            }
+        }
+    }
+}
+
+/// Stage 1: the network's weights.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FitConfig {
+    /// Passes over the training images, in all rounds together, spread evenly over the rounds.
+    pub epochs: usize,
+    /// Images a batch; a last batch that is not full is left out, since batch norm needs it full.
+    pub batch: usize,
+    /// M of equation 9: policies sampled a batch. Each costs a pass.
+    pub policies_per_batch: usize,
+    /// Learning rate at the start.
+    pub lr: f64,
+    /// How it falls.
+    pub decay: Decay,
+    /// Momentum, without dampening. It starts anew in each round.
+    pub momentum: f64,
+    /// L2 penalty on all parameters.
+    pub weight_decay: f64,
+    /// Pixels by which a training image is moved at random, up to, along both axes.
+    pub shift: usize,
+    /// Training images from which batch-norm statistics are estimated anew under one policy.
+    pub calibration: usize,
+}
+
+impl Default for FitConfig {
+    fn default() -> FitConfig {
+        FitConfig {
+            epochs: 200,           // section 4.2, for all its networks
+            batch: 128,            // section 4.2
+            policies_per_batch: 1, // unstated; ENAS, whose method this is, uses 1
+            lr: 0.1,               // section 4.2
+            decay: Decay::Step { every: 50, factor: 0.1 }, // section 4.2
+            momentum: 0.9,         // unstated; the usual with this schedule
+            weight_decay: 5e-4,    // unstated; ResNeXt's on CIFAR
+            shift: 4,              // unstated; the usual on CIFAR beside AutoAugment
+            calibration: 2048,     // enough for the statistics of a channel, and a fraction of an epoch
+        }
+    }
+}
+
+/// Stages 2 and 3: the controller, and the choice of a policy.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SearchConfig {
+    /// How often the three stages are gone through.
+    pub rounds: usize,
+    /// Cells of the controller's LSTM.
+    pub cells: usize,
+    /// Steps of the controller's optimiser a round.
+    pub steps: usize,
+    /// Policies sampled a step, each judged on a validation mini-batch of its own.
+    pub policies_per_step: usize,
+    /// Learning rate of the controller (Adam).
+    pub lr: f64,
+    /// Weight of the entropy in the controller's objective: keeps it from settling too early.
+    pub entropy: f64,
+    /// How slowly the baseline follows the rewards: b ← decay · b + (1 − decay) · reward.
+    pub baseline_decay: f64,
+    /// Policies sampled in stage 3, each judged on the whole validation set.
+    pub samples: usize,
+}
+
+impl Default for SearchConfig {
+    fn default() -> SearchConfig {
+        SearchConfig {
+            rounds: 60,           // section 4.2
+            cells: 100,           // section 4.2
+            steps: 500,           // section 4.2
+            policies_per_step: 1, // unstated; ENAS uses 1
+            lr: 3.5e-4,           // unstated; ENAS
+            entropy: 1e-4,        // unstated; ENAS
+            baseline_decay: 0.99, // unstated; ENAS
+            samples: 100,         // section 4.2
+        }
+    }
+}
+
+/// The last stage: the weights under the best policy.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FinetuneConfig {
+    /// Passes over the training images.
+    pub epochs: usize,
+    /// Learning rate at the start.
+    pub lr: f64,
+    /// How it falls.
+    pub decay: Decay,
+}
+
+impl Default for FinetuneConfig {
+    fn default() -> FinetuneConfig {
+        FinetuneConfig {
+            epochs: 45,                                    // section 4.2
+            lr: 1e-4,                                      // section 4.2
+            decay: Decay::Step { every: 45, factor: 1.0 }, // section 4.2: constant
+        }
+    }
+}
+
+impl Config {
+    /// The quickstart: Sep-ResNeXt-20 (4×4d, four groups) on the embedded digits.
+    ///
+    /// Small enough for about a minute on two shared cores; `examples/digits.toml` is the same as a file.
+    pub fn digits() -> Config {
+        Config {
+            seed: 1,
+            data: DataConfig::default(),
+            net: NetConfig {
+                depth: 20,        // two blocks a stage: the fewest that let α = 2 stay within one
+                cardinality: 4,   // one path a group
+                path_width: 4,    // 64 pixels and ten classes need no more
+                trunk_width: 16,  // 8×8 pixels hold a sixteenth of what 32×32 do
+                input: [1, 8, 8], // the digits
+                classes: 10,      // the digits
+                ..NetConfig::default()
+            },
+            exchange: ExchangeConfig {
+                dtype: Dtype::F16,   // the quickstart shows all of section 3.3
+                search_levels: true, // the quickstart shows all of section 3.3
+                ..ExchangeConfig::default()
+            },
+            train: FitConfig {
+                epochs: 24,           // accuracy no longer grows much after
+                batch: 64,            // 16 steps an epoch
+                decay: Decay::Cosine, // ends low within few epochs
+                shift: 1,             // an eighth of the image, as 4 of 32 pixels
+                calibration: 512,     // half of the training images
+                ..FitConfig::default()
+            },
+            search: SearchConfig {
+                rounds: 2,            // enough to see the rounds
+                steps: 60,            // enough for three decisions
+                policies_per_step: 2, // halves the noise of a reward
+                lr: 0.01,             // few steps, so larger ones
+                entropy: 1e-3,        // larger with the learning rate
+                baseline_decay: 0.9,  // follows within ten steps of sixty
+                samples: 20,          // enough for three decisions
+                ..SearchConfig::default()
+            },
+            finetune: FinetuneConfig { epochs: 8, lr: 0.02, decay: Decay::Cosine },
+        }
+    }
+
+    /// Reads a configuration; what it leaves out has its default.
+    ///
+    /// # Errors
+    /// Not TOML, an unknown key, or settings that [`Config::check`] refuses.
+    pub fn from_toml(text: &str) -> Result<Config, TrainError> {
+        let config: Config =
+            toml::from_str(text).map_err(|source| TrainError::Toml { source: Box::new(source) })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Writes every setting, so that a later version with other defaults reads the same ones.
+    pub fn to_toml(&self) -> String {
+        toml::to_string_pretty(self).unwrap_or_default()
+    }
+
+    /// T, the steps of a policy: `⌊B / α⌋`.
+    pub fn steps(&self) -> usize {
+        Policy::steps_for(self.net.blocks(), self.exchange.staleness)
+    }
+
+    /// The policy that exchanges nothing.
+    pub fn silent(&self) -> Policy {
+        let ExchangeConfig { staleness, dtype, levels, .. } = self.exchange;
+        let silent = Policy::silent(self.net.groups, staleness, self.steps());
+        let full = snn_schemas::Step {
+            decision: snn_schemas::Decision::silent(self.net.groups),
+            level: levels.full(),
+        };
+        Policy { dtype, levels, steps: vec![full; self.steps()], ..silent }
+    }
+
+    /// Epochs of stage 1 that round `round` trains, counted from 0 over the whole run.
+    pub fn epochs_of(&self, round: usize) -> std::ops::Range<usize> {
+        let rounds = self.search.rounds.max(1);
+        round * self.train.epochs / rounds..(round + 1) * self.train.epochs / rounds
+    }
+
+    /// Checks every rule of the settings.
+    ///
+    /// # Errors
+    /// The first setting that is out of range, or two that contradict each other.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        self.net.check()?;
+        self.check_exchange()?;
+        let many = f64::from(u32::MAX);
+        within("data.validation", self.data.validation, 0.001, 0.9, "0.001 to 0.9")?;
+        within("train.batch", self.train.batch as f64, 2.0, many, "at least 2")?;
+        within("train.policies_per_batch", self.train.policies_per_batch as f64, 1.0, many, "at least 1")?;
+        within("train.lr", self.train.lr, f64::MIN_POSITIVE, 100.0, "above 0")?;
+        within("train.momentum", self.train.momentum, 0.0, 0.9999, "0 to 0.9999")?;
+        within("train.weight_decay", self.train.weight_decay, 0.0, 1.0, "0 to 1")?;
+        let smaller = self.net.input[1].min(self.net.input[2]) as f64;
+        within("train.shift", self.train.shift as f64, 0.0, smaller - 1.0, "less than the image")?;
+        within("train.calibration", self.train.calibration as f64, 2.0, many, "at least 2")?;
+        within("search.rounds", self.search.rounds as f64, 1.0, many, "at least 1")?;
+        within("search.cells", self.search.cells as f64, 1.0, 10_000.0, "1 to 10000")?;
+        within("search.policies_per_step", self.search.policies_per_step as f64, 1.0, many, "at least 1")?;
+        within("search.lr", self.search.lr, f64::MIN_POSITIVE, 100.0, "above 0")?;
+        within("search.entropy", self.search.entropy, 0.0, 100.0, "0 to 100")?;
+        within("search.baseline_decay", self.search.baseline_decay, 0.0, 1.0, "0 to 1")?;
+        within("search.samples", self.search.samples as f64, 1.0, many, "at least 1")?;
+        within("finetune.lr", self.finetune.lr, f64::MIN_POSITIVE, 100.0, "above 0")
+    }
+
+    /// Both ends of a step must have one shape.
+    fn check_exchange(&self) -> Result<(), ConfigError> {
+        let ExchangeConfig { staleness, levels, .. } = self.exchange;
+        let blocks = self.net.blocks();
+        within("exchange.staleness", staleness as f64, 1.0, blocks as f64, "1 to the number of blocks")?;
+        within("exchange.levels.count", levels.count as f64, 1.0, 4096.0, "1 to 4096")?;
+        within("exchange.levels.min_percent", levels.min_percent, 0.0, 100.0, "0 to 100")?;
+        let silent = Policy::silent(self.net.groups, staleness, self.steps());
+        for step in 0..self.steps() {
+            let [from, to] = [silent.sent_after(step), silent.added_in(step)];
+            let [sent, sum] = [self.net.block_shape(from), self.net.block_shape(to)];
+            if sent != sum {
+                let [from, to] = [from + 1, to + 1];
+                return Err(ConfigError::Staleness { staleness, step, from, to, sent, sum });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// NaN lies within nothing.
+fn within(
+    key: &'static str,
+    found: f64,
+    low: f64,
+    high: f64,
+    expected: &'static str,
+) -> Result<(), ConfigError> {
+    match (low..=high).contains(&found) {
+        true => Ok(()),
+        false => Err(ConfigError::Range { key, found, expected }),
+    }
+}
+
+/// Why a configuration is refused.
+#[derive(Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// A setting is out of range.
+    #[error("{key}: {found}, expected {expected}")]
+    Range {
+        /// Which setting.
+        key: &'static str,
+        /// Its value.
+        found: f64,
+        /// What it may be.
+        expected: &'static str,
+    },
+    /// No number of blocks a stage gives this depth.
+    #[error("net.depth: {found}, expected 9n + 2 with n at least 1, such as 20, 29, 56 or 110")]
+    Depth {
+        /// The depth asked for.
+        found: usize,
+    },
+    /// The paths of a block cannot be dealt out evenly.
+    #[error("net.cardinality: {cardinality} paths do not divide into {groups} groups")]
+    Cardinality {
+        /// C.
+        cardinality: usize,
+        /// G.
+        groups: usize,
+    },
+    /// A step would be sent in one shape and added in another.
+    #[error(
+        "exchange.staleness: {staleness} makes step {step} cross a stride: sent after block {from} as {sent:?}, added in block {to} to {sum:?}; a staleness that divides the blocks of a stage never does"
+    )]
+    Staleness {
+        /// α.
+        staleness: usize,
+        /// The step, from 0.
+        step: usize,
+        /// The block whose output is sent, from 1.
+        from: usize,
+        /// The block to whose sum it is added, from 1.
+        to: usize,
+        /// Channels, height, width of what one group sends.
+        sent: [usize; 3],
+        /// Channels, height, width of the sum.
+        sum: [usize; 3],
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_example_file_is_the_preset() {
+        let text = include_str!("../../examples/digits.toml");
+        assert_eq!(Config::from_toml(text).unwrap(), Config::digits());
+    }
+
+    #[test]
+    fn presets_pass_their_own_checks_and_survive_toml() {
+        for config in [Config::default(), Config::digits()] {
+            assert_eq!(Config::from_toml(&config.to_toml()).unwrap(), config);
+        }
+    }
+
+    #[test]
+    fn an_unknown_key_is_an_error_of_one_line() {
+        let error = Config::from_toml("[net]\ndepht = 20\n").unwrap_err().to_string();
+        assert!(error.contains("depht") && error.lines().count() == 1, "{error}");
+    }
+
+    #[test]
+    fn a_step_across_a_stride_names_blocks_and_shapes() {
+        let mut config = Config::digits();
+        config.exchange.staleness = 4;
+        let expected = "exchange.staleness: 4 makes step 0 cross a stride: sent after block 1 as [16, 8, 8], \
+            added in block 4 to [32, 4, 4]; a staleness that divides the blocks of a stage never does";
+        assert_eq!(config.check().unwrap_err().to_string(), expected);
+        config.exchange.staleness = 3;
+        assert!(config.check().unwrap_err().to_string().contains("added in block 3 to [32, 4, 4]"));
+        config.net.depth = 29;
+        assert_eq!(config.check(), Ok(()));
+    }
+
+    #[test]
+    fn contradictions_are_named() {
+        let mut config = Config::digits();
+        config.net.depth = 21;
+        assert_eq!(config.check(), Err(ConfigError::Depth { found: 21 }));
+        config = Config::digits();
+        config.net.cardinality = 6;
+        assert_eq!(config.check(), Err(ConfigError::Cardinality { cardinality: 6, groups: 4 }));
+        config = Config::digits();
+        config.train.lr = f64::NAN;
+        assert!(config.check().unwrap_err().to_string().starts_with("train.lr: NaN"));
+    }
+
+    #[test]
+    fn epochs_are_spread_over_the_rounds() {
+        let config = Config::default();
+        let spread: usize = (0..60).map(|round| config.epochs_of(round).len()).sum();
+        assert_eq!(spread, 200);
+        assert_eq!(config.epochs_of(0), 0..3);
+        assert_eq!(config.epochs_of(59), 196..200);
+    }
+
+    #[test]
+    fn the_rate_follows_its_schedule() {
+        let step = Decay::Step { every: 50, factor: 0.1 };
+        assert_eq!(step.rate(0.1, 49, 200), 0.1);
+        assert!((step.rate(0.1, 150, 200) - 1e-4).abs() < 1e-12);
+        assert_eq!(Decay::Cosine.rate(0.1, 0, 10), 0.1);
+        assert!((Decay::Cosine.rate(0.1, 5, 10) - 0.05).abs() < 1e-12);
+    }
+}

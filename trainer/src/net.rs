@@ -1,0 +1,268 @@
+//! The separable ResNeXt (section 3.1, Table 1), and the same with exchanges simulated (3.3).
+//!
+//! Takes images `[batch, channels, h, w]` and gives logits `[batch, classes]`: without exchange
+//! ([`Network::forward`], what is exported) or under a policy ([`Network::forward_with`]). All G
+//! groups live in one network whose channel axis is G blocks side by side; only group 0 reaches the
+//! classifier. Weights depend on the settings and the seed alone. Three ways to treat batch-norm
+//! statistics are told apart by [`Stats`], because weights shared by many policies have no single
+//! right ones.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::nn::conv::{Conv2d, Conv2dConfig};
+use burn::nn::{BatchNorm, BatchNormConfig, Initializer, Linear, PaddingConfig2d};
+use burn::tensor::activation::relu;
+use burn::tensor::module::{adaptive_avg_pool2d, batch_norm, batch_norm_train};
+use burn::tensor::{Device, Tensor, TensorData};
+use rand::RngExt;
+use snn_schemas::Policy;
+
+use crate::config::{NetConfig, STAGES};
+use crate::exchange::received;
+use crate::seed::{Rng, rng};
+
+/// Which statistics batch norm uses.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Stats {
+    /// The stored ones: inference.
+    Stored,
+    /// Those of the batch itself; the stored ones stay. Judges a policy without re-estimating.
+    Batch,
+    /// Those of the batch; the stored ones move towards them by this fraction, 0 to 1.
+    Update(f64),
+}
+
+/// A separable ResNeXt; with one group the ordinary ResNeXt.
+#[derive(Module, Debug)]
+pub struct Network {
+    conv0: ConvNorm,
+    blocks: Vec<Block>,
+    classifier: Linear,
+    groups: usize,
+}
+
+/// One residual block, all groups side by side.
+#[derive(Module, Debug)]
+struct Block {
+    reduce: ConvNorm,
+    spatial: ConvNorm,
+    expand: ConvNorm,
+    shortcut: Option<ConvNorm>,
+}
+
+/// A convolution without bias, and its batch norm.
+#[derive(Module, Debug)]
+struct ConvNorm {
+    conv: Conv2d,
+    norm: BatchNorm,
+}
+
+impl Network {
+    /// Builds the network with fresh weights: He's uniform initialisation, drawn from `seed`.
+    ///
+    /// `settings` must have passed its checks. On an autodiff device the network can be trained.
+    pub fn new(settings: &NetConfig, seed: u64, device: &Device) -> Network {
+        let mut draw = Draw { rng: rng(seed, "weights", 0), device };
+        let NetConfig { groups, stem_channels, .. } = *settings;
+        let conv0 = draw.conv_norm([settings.input[0], stem_channels], 3, 1, 1);
+        let mut blocks = Vec::with_capacity(settings.blocks());
+        let mut input = groups * stem_channels;
+        for stage in 0..STAGES {
+            let inner = (settings.cardinality * settings.path_width) << stage;
+            let output = (groups * settings.trunk_width) << stage;
+            for block in 0..settings.blocks_per_stage() {
+                let stride = if stage > 0 && block == 0 { 2 } else { 1 };
+                let shape = [input, inner, output];
+                blocks.push(draw.block(shape, stride, groups, settings.cardinality));
+                input = output;
+            }
+        }
+        let classifier = draw.linear(input / groups, settings.classes);
+        Network { conv0, blocks, classifier, groups }
+    }
+
+    /// Logits `[batch, classes]` without any exchange, with stored statistics.
+    pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+        self.logits(images, None, Stats::Stored)
+    }
+
+    /// Logits `[batch, classes]` under `policy`.
+    ///
+    /// Step t sends the output of block tα + 1, after its ReLU and before anything received is
+    /// added there, and adds it to the sum of block tα + α before that block's ReLU (equation 2).
+    ///
+    /// # Panics
+    /// If the policy is for another number of groups or more steps than the trunk has.
+    pub fn forward_with(&self, images: Tensor<4>, policy: &Policy, stats: Stats) -> Tensor<2> {
+        assert_eq!(policy.groups, self.groups, "policy and network have different groups");
+        self.logits(images, Some(policy), stats)
+    }
+
+    /// Trainable parameters: weights, batch norm's gamma and beta, and the classifier's bias.
+    pub fn parameters(&self) -> usize {
+        let mut count = Count { total: 0, stored: false };
+        self.visit(&mut count);
+        count.total
+    }
+
+    fn logits(&self, images: Tensor<4>, policy: Option<&Policy>, stats: Stats) -> Tensor<2> {
+        let stem = relu(self.conv0.forward(images, stats)); // [batch, stem, h, w]
+        let copies = match self.groups {
+            1 => stem,
+            groups => Tensor::cat(vec![stem; groups], 1), // [batch, G·stem, h, w]
+        };
+        let features = self.trunk(copies, policy, stats); // [batch, G·out, h, w]
+        let [batch, channels, height, width] = features.dims();
+        let kept = channels / self.groups;
+        let first = match self.groups {
+            1 => features,
+            _ => features.slice([0..batch, 0..kept, 0..height, 0..width]), // [batch, out, h, w]
+        };
+        let pooled = adaptive_avg_pool2d(first, [1, 1]).reshape([batch, kept]); // [batch, out]
+        self.classifier.forward(pooled) // [batch, classes]
+    }
+
+    fn trunk(&self, mut x: Tensor<4>, policy: Option<&Policy>, stats: Stats) -> Tensor<4> {
+        let mut travelling = None;
+        for (index, block) in self.blocks.iter().enumerate() {
+            let mut sum = block.sum(x, stats); // x + T(x): [batch, G·out, h, w]
+            if let Some((policy, step)) = policy.and_then(|policy| step_at(policy, index)) {
+                if policy.sent_after(step) == index {
+                    travelling = received(relu(sum.clone()), policy, step); // D
+                }
+                if policy.added_in(step) == index
+                    && let Some(arrived) = travelling.take()
+                {
+                    sum = sum + arrived;
+                }
+            }
+            x = relu(sum);
+        }
+        x
+    }
+}
+
+/// The step to whose α blocks block `index` belongs.
+fn step_at(policy: &Policy, index: usize) -> Option<(&Policy, usize)> {
+    let step = index / policy.staleness;
+    (step < policy.steps.len()).then_some((policy, step))
+}
+
+impl Block {
+    /// Shortcut plus residual, before the block's last ReLU.
+    fn sum(&self, x: Tensor<4>, stats: Stats) -> Tensor<4> {
+        let shortcut = match &self.shortcut {
+            Some(shortcut) => shortcut.forward(x.clone(), stats),
+            None => x.clone(),
+        };
+        let y = relu(self.reduce.forward(x, stats)); // [batch, C·d, h, w]
+        let y = relu(self.spatial.forward(y, stats)); // [batch, C·d, h / stride, w / stride]
+        shortcut + self.expand.forward(y, stats) // [batch, G·out, h / stride, w / stride]
+    }
+}
+
+impl ConvNorm {
+    fn forward(&self, x: Tensor<4>, stats: Stats) -> Tensor<4> {
+        let x = self.conv.forward(x);
+        let (gamma, beta) = (self.norm.gamma.val(), self.norm.beta.val());
+        let fraction = match stats {
+            Stats::Stored => {
+                let mean = self.norm.running_mean.value_sync();
+                let variance = self.norm.running_var.value_sync();
+                return batch_norm(x, gamma, beta, mean, variance, self.norm.epsilon);
+            }
+            Stats::Batch => 0.0,
+            Stats::Update(fraction) => fraction,
+        };
+        let normed = batch_norm_train(x, gamma, beta, self.norm.epsilon);
+        if fraction > 0.0 {
+            let towards = |stored: Tensor<1>, batch: Tensor<1>| {
+                (stored * (1.0 - fraction) + batch.detach() * fraction).detach()
+            };
+            let (mean, variance) = (&self.norm.running_mean, &self.norm.running_var);
+            mean.update(towards(mean.value_sync(), normed.mean));
+            variance.update(towards(variance.value_sync(), normed.variance));
+        }
+        normed.output
+    }
+}
+
+/// Draws the weights of a new network, layer after layer.
+struct Draw<'a> {
+    rng: Rng,
+    device: &'a Device,
+}
+
+impl Draw<'_> {
+    fn block(
+        &mut self,
+        [input, inner, output]: [usize; 3],
+        stride: usize,
+        groups: usize,
+        paths: usize,
+    ) -> Block {
+        Block {
+            reduce: self.conv_norm([input, inner], 1, 1, groups),
+            spatial: self.conv_norm([inner, inner], 3, stride, paths),
+            expand: self.conv_norm([inner, output], 1, 1, groups),
+            shortcut: (input != output || stride != 1)
+                .then(|| self.conv_norm([input, output], 1, stride, groups)),
+        }
+    }
+
+    fn conv_norm(
+        &mut self,
+        channels: [usize; 2],
+        kernel: usize,
+        stride: usize,
+        groups: usize,
+    ) -> ConvNorm {
+        let around = kernel / 2;
+        let conv = Conv2dConfig::new(channels, [kernel, kernel])
+            .with_stride([stride, stride])
+            .with_padding(PaddingConfig2d::Explicit(around, around, around, around))
+            .with_groups(groups)
+            .with_bias(false)
+            .with_initializer(Initializer::Zeros)
+            .init(self.device);
+        let fan_in = channels[0] / groups * kernel * kernel;
+        let shape = [channels[1], channels[0] / groups, kernel, kernel];
+        let weight = self.uniform(shape, (6.0 / fan_in as f32).sqrt());
+        let norm = BatchNormConfig::new(channels[1]).init(self.device);
+        ConvNorm { conv: Conv2d { weight, ..conv }, norm }
+    }
+
+    fn linear(&mut self, input: usize, output: usize) -> Linear {
+        let bound = (1.0 / input as f32).sqrt();
+        Linear {
+            weight: self.uniform([input, output], bound),
+            bias: Some(self.uniform([output], bound)),
+        }
+    }
+
+    fn uniform<const D: usize>(&mut self, shape: [usize; D], bound: f32) -> Param<Tensor<D>> {
+        let count = shape.iter().product();
+        let values = (0..count).map(|_| self.rng.random_range(-bound..bound)).collect::<Vec<f32>>();
+        Param::from_data(TensorData::new(values, shape), self.device)
+    }
+}
+
+/// Counts parameters; the stored statistics are visited too, but are not trained.
+struct Count {
+    total: usize,
+    stored: bool,
+}
+
+impl ModuleVisitor for Count {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.stored = name.starts_with("running_");
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if !self.stored {
+            self.total += param.lazy_shape().num_elements();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,77 @@
+//! How a run tells the outside how far it is.
+//!
+//! The library calls [`Progress::report`] after every epoch and every search step, from the thread
+//! that trains. Nothing is printed here: the binary draws a bar, tests pass `&mut ()`.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// One stage of a run (section 3.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// Stage 1: the network's weights, under sampled policies.
+    Train,
+    /// Stage 2: the controller, by policy gradient, the weights fixed.
+    Search,
+    /// Stage 3: policies are sampled and the best is kept.
+    Select,
+    /// The baselines: the random sampler's policies.
+    Baseline,
+    /// The network's weights once more, under the best policy.
+    Finetune,
+    /// ONNX and policy file are written.
+    Export,
+    /// The test set, once.
+    Test,
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Stage::Train => "train",
+            Stage::Search => "search",
+            Stage::Select => "select",
+            Stage::Baseline => "baseline",
+            Stage::Finetune => "finetune",
+            Stage::Export => "export",
+            Stage::Test => "test",
+        })
+    }
+}
+
+/// How far a stage is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Report {
+    /// Which stage.
+    pub stage: Stage,
+    /// Round of the three stages, from 1.
+    pub round: usize,
+    /// Epochs, steps or samples done in this stage and round.
+    pub done: usize,
+    /// Epochs, steps or samples to do in this stage and round.
+    pub total: usize,
+    /// Mean training loss, where there is one.
+    pub loss: Option<f64>,
+    /// Latest accuracy between 0 and 1, where there is one.
+    pub accuracy: Option<f64>,
+}
+
+/// Whoever wants to know how far a run is.
+pub trait Progress {
+    /// Takes one report; must return soon, for training waits.
+    fn report(&mut self, report: &Report);
+}
+
+/// Nobody listens.
+impl Progress for () {
+    fn report(&mut self, _: &Report) {}
+}
+
+/// A closure listens.
+impl<F: FnMut(&Report)> Progress for F {
+    fn report(&mut self, report: &Report) {
+        self(report);
+    }
+}
