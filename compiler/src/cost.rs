@@ -112,7 +112,8 @@ fn flops(graph: &Graph, id: OpId) -> u64 {
             2 * weights * elements(&output.shape) / (output.channels() as u64).max(1)
         }
         ("Gemm" | "MatMul", _) => {
-            2 * weights * elements(&output.shape) / output.shape.last().map_or(1, |&n| n as u64).max(1)
+            2 * weights * elements(&output.shape)
+                / output.shape.last().map_or(1, |&n| n as u64).max(1)
         }
         _ => 0,
     }

@@ -15,7 +15,9 @@ pub enum CompileError {
     #[error("read: {0}")]
     Malformed(String),
     /// Part of the weights is in other files.
-    #[error("read: tensor \"{tensor}\" has its data in the file \"{location}\"; save the model as one file")]
+    #[error(
+        "read: tensor \"{tensor}\" has its data in the file \"{location}\"; save the model as one file"
+    )]
     ExternalData {
         /// The tensor.
         tensor: String,
@@ -52,7 +54,9 @@ pub enum CompileError {
     #[error("shapes: {0}")]
     Inference(String),
     /// The shape of a tensor does not follow from the model.
-    #[error("shapes: the shape of \"{tensor}\" (op \"{op}\", {op_type}) does not follow from the model")]
+    #[error(
+        "shapes: the shape of \"{tensor}\" (op \"{op}\", {op_type}) does not follow from the model"
+    )]
     NoShape {
         /// The tensor.
         tensor: String,
@@ -97,7 +101,9 @@ pub enum CompileError {
         model: usize,
     },
     /// The policy is for another number of blocks.
-    #[error("policy: {found} steps, expected {expected} (⌊{blocks} blocks / staleness {staleness}⌋)")]
+    #[error(
+        "policy: {found} steps, expected {expected} (⌊{blocks} blocks / staleness {staleness}⌋)"
+    )]
     PolicySteps {
         /// Steps in the policy.
         found: usize,
@@ -112,7 +118,9 @@ pub enum CompileError {
     #[error("policy: given for a model without groups: {0}")]
     PolicyWithoutGroups(#[source] Box<CompileError>),
     /// The two ends of a step differ in shape.
-    #[error("exchange: step {step} sends {sent_shape:?} after {sent} but {added} adds to {added_shape:?}; choose a staleness that keeps both in one stage")]
+    #[error(
+        "exchange: step {step} sends {sent_shape:?} after {sent} but {added} adds to {added_shape:?}; choose a staleness that keeps both in one stage"
+    )]
     CrossesStride {
         /// The step.
         step: usize,
@@ -142,7 +150,9 @@ pub enum CompileError {
         groups: usize,
     },
     /// Ranks that leave a gap.
-    #[error("placement: node {missing} gets no group; ranks must run from 0 to {last} without gaps")]
+    #[error(
+        "placement: node {missing} gets no group; ranks must run from 0 to {last} without gaps"
+    )]
     PlacementGap {
         /// The rank nobody is placed on.
         missing: usize,

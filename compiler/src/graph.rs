@@ -183,8 +183,7 @@ impl Graph {
 
     /// Adds an input of the model.
     pub fn add_input(&mut self, spec: TensorSpec) -> TensorId {
-        let op =
-            Op { proto: None, inputs: vec![], outputs: vec![], group: None, exchange: None };
+        let op = Op { proto: None, inputs: vec![], outputs: vec![], group: None, exchange: None };
         let id = self.add(op, vec![spec]);
         let tensor = self.op(id).outputs[0];
         self.inputs.push(tensor);
@@ -340,6 +339,19 @@ impl Graph {
             }
         }
         order
+    }
+
+    /// Takes an edge away and leaves the argument: what the verifier must notice.
+    #[cfg(test)]
+    pub(crate) fn cut_edge(&mut self, from: OpId, to: OpId) {
+        let edge = self.dag.find_edge(from, to).expect("an edge");
+        self.dag.remove_edge(edge);
+    }
+
+    /// Gives a tensor a name that may be taken: what the verifier must notice.
+    #[cfg(test)]
+    pub(crate) fn rename(&mut self, tensor: TensorId, name: &str) {
+        self.tensors[tensor.0].name = name.to_owned();
     }
 
     /// Removes every op that no output needs. Inputs of the model stay.

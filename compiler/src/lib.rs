@@ -23,9 +23,7 @@ mod shapes;
 
 use sha2::{Digest, Sha256};
 use snn_schemas::Policy;
-use snn_schemas::manifest::{
-    BlockEntry, MANIFEST_VERSION, Manifest, NodeEntry, Port, Transfer,
-};
+use snn_schemas::manifest::{BlockEntry, MANIFEST_VERSION, Manifest, NodeEntry, Port, Transfer};
 use snn_schemas::metadata::ShardInfo;
 
 pub use cost::Work;
@@ -38,7 +36,7 @@ pub use shards::Shard;
 use graph::{Graph, TensorId};
 use groups::Grouped;
 use placement::Placed;
-use read::{Model, hex};
+use read::Model;
 use schedule::Cut;
 
 /// Name and version of this tool, as shards and manifests state it.
@@ -57,8 +55,13 @@ impl PolicySource {
     /// Reads a policy file.
     pub fn from_bytes(bytes: &[u8]) -> Result<PolicySource, snn_schemas::policy::PolicyError> {
         let policy = Policy::from_json(bytes)?;
-        Ok(PolicySource { policy, sha256: hex(&Sha256::digest(bytes)) })
+        Ok(PolicySource { policy, sha256: sha256(bytes) })
     }
+}
+
+/// SHA-256 of a file's bytes as manifests and shards state it: in hexadecimal, lower case.
+pub fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Where the groups go.
@@ -129,10 +132,9 @@ fn group(
     match (groups::find(model, wanted), policy) {
         (Ok(found), _) => Ok(groups::lower(model, &found)),
         (Err(error), Some(policy)) => Err(match groups::find(model, None) {
-            Ok(found) => CompileError::PolicyGroups {
-                policy: policy.policy.groups,
-                model: found.count,
-            },
+            Ok(found) => {
+                CompileError::PolicyGroups { policy: policy.policy.groups, model: found.count }
+            }
             Err(_) if options.nodes == Nodes::Even(1) => {
                 CompileError::PolicyWithoutGroups(Box::new(error))
             }
@@ -200,7 +202,7 @@ fn split_id(source: &Source, policy: Option<&PolicySource>, placed: &Placed) -> 
         graph.inputs.iter().map(|&tensor| graph.tensor(tensor).shape.as_slice()).collect();
     let policy = policy.map_or("none", |policy| policy.sha256.as_str());
     let ranks = placed.placement.ranks();
-    hex(&Sha256::digest(format!("{TOOL}\n{}\n{policy}\n{ranks:?}\n{shapes:?}", source.sha256)))
+    sha256(format!("{TOOL}\n{}\n{policy}\n{ranks:?}\n{shapes:?}", source.sha256).as_bytes())
 }
 
 fn manifest(

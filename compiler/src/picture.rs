@@ -138,7 +138,8 @@ fn write_dot(out: &mut String, lanes: &Lanes<'_>) -> fmt::Result {
             for block in (0..blocks).filter(|&block| lanes.is_live(lane, block)) {
                 writeln!(out, "    g{group}_b{0} [label=\"g{group} b{0}\"];", block + 1)?;
             }
-            let live = |block: &usize| lanes.is_live(lane, *block) && lanes.is_live(lane, block + 1);
+            let live =
+                |block: &usize| lanes.is_live(lane, *block) && lanes.is_live(lane, block + 1);
             for block in (0..blocks.saturating_sub(1)).filter(live) {
                 writeln!(out, "    g{group}_b{} -> g{group}_b{};", block + 1, block + 2)?;
             }
@@ -201,7 +202,10 @@ fn write_svg(out: &mut String, lanes: &Lanes<'_>) -> fmt::Result {
         let x = center(block);
         writeln!(out, "<text x=\"{x}\" y=\"24\" text-anchor=\"middle\">b{}</text>", block + 1)?;
         if let Some(stage) = lanes.stage(block) {
-            writeln!(out, "<text class=\"dim\" x=\"{x}\" y=\"42\" text-anchor=\"middle\">{stage}</text>")?;
+            writeln!(
+                out,
+                "<text class=\"dim\" x=\"{x}\" y=\"42\" text-anchor=\"middle\">{stage}</text>"
+            )?;
         }
     }
     write_lanes(out, lanes, width)?;
@@ -234,14 +238,20 @@ fn write_lanes(out: &mut String, lanes: &Lanes<'_>, width: usize) -> fmt::Result
         let y = middle(lane);
         if rank % 2 == 0 {
             let top = y - LANE / 2;
-            writeln!(out, "<rect class=\"lane\" x=\"0\" y=\"{top}\" width=\"{width}\" height=\"{LANE}\"/>")?;
+            writeln!(
+                out,
+                "<rect class=\"lane\" x=\"0\" y=\"{top}\" width=\"{width}\" height=\"{LANE}\"/>"
+            )?;
         }
         writeln!(out, "<text x=\"12\" y=\"{}\">node {rank} · g{group}</text>", y + 4)?;
         for block in 0..blocks {
             let live = lanes.is_live(lane, block);
             if block > 0 && live && lanes.is_live(lane, block - 1) {
                 let (from, to) = (center(block - 1) + BOX_WIDTH / 2, center(block) - BOX_WIDTH / 2);
-                writeln!(out, "<line class=\"trunk\" x1=\"{from}\" y1=\"{y}\" x2=\"{to}\" y2=\"{y}\"/>")?;
+                writeln!(
+                    out,
+                    "<line class=\"trunk\" x1=\"{from}\" y1=\"{y}\" x2=\"{to}\" y2=\"{y}\"/>"
+                )?;
             }
             let (x, top) = (center(block) - BOX_WIDTH / 2, y - BOX_HEIGHT / 2);
             let class = if live { "box" } else { "dead" };

@@ -8,13 +8,12 @@
 use std::collections::HashMap;
 
 use bytes::Bytes;
-use sha2::{Digest, Sha256};
 use snn_schemas::onnx::{
     self, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, tensor_proto,
 };
 
 use crate::error::CompileError;
-use crate::graph::{Arg, Graph, UNDEFINED, Op, TensorId, TensorSpec, elem_size};
+use crate::graph::{Arg, Graph, Op, TensorId, TensorSpec, UNDEFINED, elem_size};
 use crate::shapes::{self, Facts};
 
 /// A model file, decoded.
@@ -32,7 +31,7 @@ impl Source {
     /// # Errors
     /// The bytes are no ONNX model, or its weights are elsewhere.
     pub fn from_bytes(bytes: Bytes) -> Result<Source, CompileError> {
-        let sha256 = hex(&Sha256::digest(&bytes));
+        let sha256 = crate::sha256(&bytes);
         let model = onnx::decode(bytes)?;
         let graph = model.graph.as_ref().map(|graph| graph.initializer.as_slice());
         for tensor in graph.unwrap_or_default() {
@@ -59,11 +58,6 @@ pub(crate) fn node_name(node: &NodeProto) -> &str {
 /// Whether an op holds graphs of its own, as If and Loop do.
 fn holds_graph(node: &NodeProto) -> bool {
     node.attribute.iter().any(|attribute| attribute.g.is_some() || !attribute.graphs.is_empty())
-}
-
-/// Bytes as lower-case hexadecimal digits.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A model in normal form.
@@ -188,7 +182,9 @@ impl Reader {
         let outputs = node.output[..used.map_or(1, |last| last + 1)].iter();
         let specs = outputs
             .map(|name| match name.is_empty() {
-                true => Ok(TensorSpec { name: "unused".to_owned(), shape: vec![], elem: UNDEFINED }),
+                true => {
+                    Ok(TensorSpec { name: "unused".to_owned(), shape: vec![], elem: UNDEFINED })
+                }
                 false => self.spec(name, node.op_type()),
             })
             .collect::<Result<Vec<_>, _>>()?;
@@ -217,9 +213,9 @@ impl Reader {
     fn output(&self, name: &str) -> Result<TensorId, CompileError> {
         match self.names.get(name) {
             Some(Arg::Tensor(tensor)) => Ok(*tensor),
-            Some(_) => {
-                Err(CompileError::Malformed(format!("output \"{name}\" does not depend on the input")))
-            }
+            Some(_) => Err(CompileError::Malformed(format!(
+                "output \"{name}\" does not depend on the input"
+            ))),
             None => Err(CompileError::Malformed(format!("nothing gives the output \"{name}\""))),
         }
     }
@@ -265,9 +261,10 @@ fn with_raw_data(tensor: &TensorProto) -> Result<TensorProto, CompileError> {
             _ => return Ok(tensor),
         }
     }
-    let elements = tensor.dims.iter().try_fold(1usize, |n, &dim| {
-        usize::try_from(dim).ok().and_then(|dim| n.checked_mul(dim))
-    });
+    let elements = tensor
+        .dims
+        .iter()
+        .try_fold(1usize, |n, &dim| usize::try_from(dim).ok().and_then(|dim| n.checked_mul(dim)));
     let bytes = elements.and_then(|n| n.checked_mul(elem_size(elem)));
     let found = tensor.raw_data.as_ref().map_or(0, |raw| raw.len());
     if elem_size(elem) > 0 && bytes != Some(found) {

@@ -113,10 +113,7 @@ pub(crate) fn value_info(
 }
 
 /// Infers shape and type of every tensor of `model`, whose inputs are `inputs`.
-pub(crate) fn infer(
-    model: &ModelProto,
-    inputs: &[ValueInfoProto],
-) -> Result<Facts, CompileError> {
+pub(crate) fn infer(model: &ModelProto, inputs: &[ValueInfoProto]) -> Result<Facts, CompileError> {
     let graph = model.graph.as_ref();
     let nodes = graph.map(|graph| graph.node.as_slice()).unwrap_or_default();
     let framework = tract_onnx::onnx().with_ignore_value_info(true).with_ignore_output_types(true);
@@ -145,10 +142,7 @@ pub(crate) fn infer(
     }
 }
 
-fn missing<'a>(
-    nodes: &'a [NodeProto],
-    facts: &Facts,
-) -> Option<(&'a NodeProto, &'a str)> {
+fn missing<'a>(nodes: &'a [NodeProto], facts: &Facts) -> Option<(&'a NodeProto, &'a str)> {
     nodes.iter().find_map(|node| {
         let mut outputs = node.output.iter().filter(|name| !name.is_empty());
         // Further outputs (a Dropout's mask, a BatchNormalization's statistics) may stay unknown:
@@ -164,9 +158,7 @@ fn skeleton(model: &ModelProto, inputs: &[ValueInfoProto], largest: usize) -> Mo
     let (small, large): (Vec<_>, Vec<_>) =
         graph.initializer.iter().partition(|t| const_elements(t) <= largest);
     let mut inputs = inputs.to_vec();
-    inputs.extend(
-        large.iter().filter_map(|t| value_info(t.name(), t.data_type(), &t.dims).ok()),
-    );
+    inputs.extend(large.iter().filter_map(|t| value_info(t.name(), t.data_type(), &t.dims).ok()));
     let graph = GraphProto {
         name: graph.name.clone(),
         node: graph.node.clone(),

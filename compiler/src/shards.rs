@@ -56,8 +56,8 @@ pub(crate) fn shard(common: &Common<'_>, info: &ShardInfo, actions: Vec<Action>)
     for &action in &actions {
         writer.write(action);
     }
-    let communicates = !writer.signals.is_empty()
-        || writer.nodes.iter().any(|node| node.op_type() == RECV_OP);
+    let communicates =
+        !writer.signals.is_empty() || writer.nodes.iter().any(|node| node.op_type() == RECV_OP);
     let mut opset_import = common.opsets.to_vec();
     if communicates {
         opset_import.push(OperatorSetIdProto {

@@ -89,10 +89,9 @@ fn write_groups(text: &mut String, graph: &Graph, groups: &Groups) -> fmt::Resul
         writeln!(text, "{block:<4} {name:<width$}  {}×{count}", shape(dims))?;
     }
     writeln!(text, "exchange points")?;
-    for staleness in [1, 2, 3, 4].into_iter().filter(|&alpha| alpha <= blocks.len()) {
-        let steps = blocks.len() / staleness;
-        let crossing: Vec<String> = (0..steps)
-            .filter(|step| shapes[step * staleness] != shapes[(step + 1) * staleness - 1])
+    for Exchanges { staleness, steps, crossing } in exchanges(&shapes) {
+        let crossing: Vec<String> = crossing
+            .iter()
             .map(|step| format!("{step} (b{} → b{})", step * staleness + 1, (step + 1) * staleness))
             .collect();
         match crossing.is_empty() {
@@ -105,6 +104,30 @@ fn write_groups(text: &mut String, graph: &Graph, groups: &Groups) -> fmt::Resul
         }
     }
     Ok(())
+}
+
+/// What a staleness makes possible.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exchanges {
+    /// α, blocks a step.
+    pub staleness: usize,
+    /// Steps a policy has.
+    pub steps: usize,
+    /// Steps whose two ends differ in shape: nothing can be exchanged there.
+    pub crossing: Vec<usize>,
+}
+
+/// Largest staleness that is listed: beyond it a tensor is older than any search has found useful.
+const MAX_STALENESS: usize = 4;
+
+/// The exchanges that blocks of these shapes allow, by staleness.
+pub fn exchanges(shapes: &[Vec<usize>]) -> Vec<Exchanges> {
+    let exchanges = |staleness| {
+        let steps = shapes.len() / staleness;
+        let crosses = |step: &usize| shapes[step * staleness] != shapes[(step + 1) * staleness - 1];
+        Exchanges { staleness, steps, crossing: (0..steps).filter(crosses).collect() }
+    };
+    (1..=MAX_STALENESS.min(shapes.len())).map(exchanges).collect()
 }
 
 /// The shape of one group's output, for each block.

@@ -207,6 +207,10 @@ impl Manifest {
         if nodes == 0 || nodes > MAX_GROUPS {
             return Err(ManifestError::Nodes { found: nodes });
         }
+        if self.placement.len() != self.groups {
+            let (found, groups) = (self.placement.len(), self.groups);
+            return Err(ManifestError::Placement { found, groups });
+        }
         for (index, node) in self.nodes.iter().enumerate() {
             if node.rank != index {
                 return Err(ManifestError::RankOrder { index, found: node.rank });
@@ -218,9 +222,25 @@ impl Manifest {
         }
         rank("entry", self.entry)?;
         self.placement.iter().try_for_each(|&at| rank("placement", at))?;
+        let group = |what: &'static str, group: usize| match group < self.groups {
+            true => Ok(()),
+            false => Err(ManifestError::Group { what, group, groups: self.groups }),
+        };
+        for block in &self.blocks {
+            block.groups.iter().try_for_each(|&of| group("block", of))?;
+        }
         for transfer in &self.transfers {
             rank("transfer", transfer.from)?;
             rank("transfer", transfer.to)?;
+            let ends = [transfer.from_group, transfer.to_group];
+            ends.into_iter().flatten().try_for_each(|of| group("transfer", of))?;
+            let added_in = |step: usize| step.checked_add(1)?.checked_mul(self.staleness?);
+            if let Some(step) = transfer.step
+                && added_in(step).is_none_or(|block| block == 0 || block > self.blocks.len())
+            {
+                let (id, blocks) = (transfer.id, self.blocks.len());
+                return Err(ManifestError::Step { id, step, blocks });
+            }
             let elements = transfer.shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d as u64));
             let bytes = elements.and_then(|n| n.checked_mul(transfer.dtype.size() as u64));
             if bytes != Some(transfer.bytes) {
@@ -233,7 +253,8 @@ impl Manifest {
     /// Bytes a node sends and receives per inference.
     pub fn traffic(&self, rank: usize) -> (u64, u64) {
         let sum = |mine: &dyn Fn(&Transfer) -> bool| {
-            self.transfers.iter().filter(|t| mine(t)).map(|t| t.bytes).sum()
+            let mine = self.transfers.iter().filter(|t| mine(t));
+            mine.fold(0, |sum: u64, t| sum.saturating_add(t.bytes))
         };
         (sum(&|t| t.from == rank), sum(&|t| t.to == rank))
     }
@@ -281,6 +302,34 @@ pub enum ManifestError {
         rank: usize,
         /// Nodes listed.
         nodes: usize,
+    },
+    /// Not one entry a group.
+    #[error("placement has {found} entries, expected {groups}, one a group")]
+    Placement {
+        /// Entries listed.
+        found: usize,
+        /// G.
+        groups: usize,
+    },
+    /// A group that does not exist.
+    #[error("{what} names group {group}, but there are {groups} groups")]
+    Group {
+        /// Which field.
+        what: &'static str,
+        /// The group it names.
+        group: usize,
+        /// G.
+        groups: usize,
+    },
+    /// A step whose block does not exist.
+    #[error("transfer t{id}: step {step} lies beyond the {blocks} blocks")]
+    Step {
+        /// The transfer.
+        id: u32,
+        /// Its step.
+        step: usize,
+        /// Blocks listed.
+        blocks: usize,
     },
     /// A shard path that leaves the manifest's folder.
     #[error("shard of rank {rank} is {path:?}, expected a file name")]

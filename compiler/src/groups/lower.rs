@@ -143,7 +143,13 @@ impl Lowerer<'_> {
     }
 
     /// The channels `start .. start + length` of an old tensor as one new tensor, for `group`.
-    fn channels(&mut self, tensor: TensorId, start: usize, length: usize, group: GroupId) -> TensorId {
+    fn channels(
+        &mut self,
+        tensor: TensorId,
+        start: usize,
+        length: usize,
+        group: GroupId,
+    ) -> TensorId {
         let pieces = self.pieces[&tensor].clone();
         let mut offset = 0;
         let mut found = Vec::new();
@@ -165,7 +171,12 @@ impl Lowerer<'_> {
                 let mut shape = self.old.tensor(tensor).shape.clone();
                 shape[1] = length;
                 let elem = self.old.tensor(tensor).elem;
-                rewrite::concat(&mut self.new, &found, TensorSpec { name, shape, elem }, Some(group))
+                rewrite::concat(
+                    &mut self.new,
+                    &found,
+                    TensorSpec { name, shape, elem },
+                    Some(group),
+                )
             }
         }
     }
@@ -180,7 +191,13 @@ impl Lowerer<'_> {
     }
 
     /// Adds the share of `op` that computes `place` of each result.
-    fn add_share(&mut self, op: &Op, place: Place, inputs: Vec<Arg>, attributes: &[AttributeProto]) {
+    fn add_share(
+        &mut self,
+        op: &Op,
+        place: Place,
+        inputs: Vec<Arg>,
+        attributes: &[AttributeProto],
+    ) {
         let mut proto = op.proto.clone().unwrap_or_default();
         proto.name = Some(place.name(op.name(self.old)));
         for attribute in attributes {
@@ -199,7 +216,9 @@ impl Lowerer<'_> {
     }
 
     fn conv(&mut self, op: &Op, conv_groups: usize) {
-        let (Some(&output), Some(input)) = (op.outputs.first(), op.tensors().next()) else { return };
+        let (Some(&output), Some(input)) = (op.outputs.first(), op.tensors().next()) else {
+            return;
+        };
         let width = self.old.tensor(input).channels() / conv_groups;
         let out_width = self.old.tensor(output).channels() / conv_groups;
         for place in self.places(output) {
@@ -318,7 +337,9 @@ impl Lowerer<'_> {
 
     /// Repeats channels: every part is a copy that nothing needs to compute.
     fn repeat(&mut self, op: &Op, times: usize) {
-        let (Some(&output), Some(input)) = (op.outputs.first(), op.tensors().next()) else { return };
+        let (Some(&output), Some(input)) = (op.outputs.first(), op.tensors().next()) else {
+            return;
+        };
         let piece = self.whole(input);
         let places = self.places(output);
         let copies = times / places.len().max(1);

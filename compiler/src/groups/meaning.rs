@@ -49,8 +49,8 @@ pub(crate) fn meaning(graph: &Graph, op: &Op) -> Meaning {
     }
     match op.op_type() {
         "Relu" | "LeakyRelu" | "Clip" | "Sigmoid" | "HardSwish" | "HardSigmoid" | "Tanh"
-        | "Elu" | "Selu" | "Celu" | "Gelu" | "Softplus" | "Softsign" | "Mish" | "PRelu" | "ThresholdedRelu"
-        | "Swish" => Meaning::Elementwise { activation: true },
+        | "Elu" | "Selu" | "Celu" | "Gelu" | "Softplus" | "Softsign" | "Mish" | "PRelu"
+        | "ThresholdedRelu" | "Swish" => Meaning::Elementwise { activation: true },
         "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Max" | "Min" | "Sum" | "Mean" | "Neg" | "Abs"
         | "Exp" | "Log" | "Sqrt" | "Erf" | "Reciprocal" | "Floor" | "Ceil" | "Round" | "Sign"
         | "Cast" | "Identity" | "Dropout" => Meaning::Elementwise { activation: false },
@@ -138,7 +138,8 @@ impl Reader<'_> {
     }
 
     fn resize(&self) -> Meaning {
-        let keeps = |index: usize| Some(self.shape(0)?.get(index)? == self.output_shape()?.get(index)?);
+        let keeps =
+            |index: usize| Some(self.shape(0)?.get(index)? == self.output_shape()?.get(index)?);
         match (keeps(0), keeps(1), self.all_constant(1..self.op.inputs.len())) {
             (Some(true), Some(true), true) => Meaning::Spatial,
             _ => Meaning::Opaque,
@@ -151,7 +152,8 @@ impl Reader<'_> {
         };
         // An Expand repeats a channel axis of 1 only; a Tile any.
         let same = |axis: usize| from.get(axis) == to.get(axis);
-        let others_stay = from.len() == to.len() && (0..to.len()).all(|axis| axis == 1 || same(axis));
+        let others_stay =
+            from.len() == to.len() && (0..to.len()).all(|axis| axis == 1 || same(axis));
         match (from.get(1), to.get(1)) {
             (Some(&from), Some(&to)) if others_stay && from > 0 => {
                 Meaning::Repeat { times: to / from }

@@ -1,0 +1,121 @@
+//! The fused model computes the exchange rule; the shards together compute what the fused model does.
+
+use snn_compiler::Nodes;
+use snn_schemas::Dtype;
+
+use crate::fixtures::{Activation, Net, chain, image, residual, style, styles};
+use crate::{assert_close, engine, policy, reference, run_fused, shape, split};
+
+/// Images a case is tried on.
+const IMAGES: usize = 2;
+
+/// The net with G groups that has four blocks of one shape in a row, so that α = 4 fits.
+fn two_stages(groups: usize) -> Net {
+    residual(groups, &[4, 4], 8)
+}
+
+fn check_fused(net: &Net, staleness: usize, dtype: Dtype) {
+    let policy = policy(net, staleness, dtype, net.groups);
+    assert!(policy.steps.iter().any(|step| step.decision.sends().count() > 0), "nothing is sent");
+    let fused = split(net.onnx(style("burn")), Some(&policy), Nodes::Even(1));
+    for seed in 0..IMAGES {
+        let image = image(net, seed);
+        let expected = reference::logits(net, Some(&policy), &image);
+        let what = format!("G = {}, α = {staleness}, {dtype}", net.groups);
+        assert_close(&run_fused(&fused, net, &image), &expected, &what);
+    }
+}
+
+#[test]
+fn fused_model_computes_the_exchange_rule() {
+    for groups in [2, 3, 4, 8] {
+        for staleness in [1, 2, 4] {
+            for dtype in [Dtype::F32, Dtype::F16] {
+                check_fused(&two_stages(groups), staleness, dtype);
+            }
+        }
+    }
+}
+
+#[test]
+fn fused_chain_computes_the_exchange_rule() {
+    for (groups, staleness) in [(2, 1), (3, 2), (4, 3), (8, 1)] {
+        check_fused(&chain(groups, 6), staleness, Dtype::F16);
+    }
+}
+
+#[test]
+fn an_exchange_changes_the_answer() {
+    // Else the tests above would prove nothing.
+    let net = two_stages(4);
+    let policy = policy(&net, 2, Dtype::F32, 4);
+    let image = image(&net, 0);
+    let with = reference::logits(&net, Some(&policy), &image);
+    let without = reference::logits(&net, None, &image);
+    let moved = with.iter().zip(&without).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(moved > 0.01, "{moved}");
+}
+
+#[test]
+fn every_activation_closes_a_block() {
+    use Activation::{HardSigmoid, HardSwish, LeakyRelu, Relu6, Sigmoid, Silu};
+    for activation in [LeakyRelu, Relu6, Sigmoid, HardSigmoid, HardSwish, Silu] {
+        for (name, style) in
+            styles().into_iter().filter(|(n, _)| ["old", "opset13", "torch"].contains(n))
+        {
+            for staleness in [1, 2] {
+                let net = Net { activation, ..residual(3, &[2, 2], 8) };
+                let policy = policy(&net, staleness, Dtype::F16, 1);
+                let fused = split(net.onnx(style), Some(&policy), Nodes::Even(1));
+                let image = image(&net, 3);
+                let expected = reference::logits(&net, Some(&policy), &image);
+                let what = format!("{activation:?} in {name}, α = {staleness}");
+                assert_close(&run_fused(&fused, &net, &image), &expected, &what);
+                let split = split(net.onnx(style), Some(&policy), Nodes::PerGroup);
+                assert_close(&engine::play(&split, &shape(&net), &image), &expected, &what);
+            }
+        }
+    }
+}
+
+/// Ranks that no even spread gives: the head elsewhere, neighbours apart.
+fn scattered(groups: usize) -> Vec<usize> {
+    (0..groups).map(|group| (groups - 1 - group) % groups.div_ceil(2).max(2)).collect()
+}
+
+fn check_shards(net: &Net, staleness: usize, dtype: Dtype) {
+    let policy = policy(net, staleness, dtype, 7 * net.groups + staleness);
+    let model = net.onnx(style("burn"));
+    let image = image(net, 1);
+    let fused = split(model.clone(), Some(&policy), Nodes::Even(1));
+    let expected = run_fused(&fused, net, &image);
+    let even = (1..=net.groups).map(Nodes::Even);
+    for nodes in even.chain([Nodes::Explicit(scattered(net.groups))]) {
+        let what = format!("G = {}, α = {staleness}, {dtype}, {nodes:?}", net.groups);
+        let split = split(model.clone(), Some(&policy), nodes);
+        assert_close(&engine::play(&split, &shape(net), &image), &expected, &what);
+    }
+}
+
+#[test]
+fn shards_compute_what_the_fused_model_does() {
+    for groups in [2, 3, 4] {
+        for (staleness, dtype) in
+            [(1, Dtype::F32), (1, Dtype::F16), (2, Dtype::F16), (4, Dtype::F32)]
+        {
+            check_shards(&two_stages(groups), staleness, dtype);
+        }
+    }
+}
+
+#[test]
+fn eight_shards_compute_what_the_fused_model_does() {
+    check_shards(&residual(8, &[2, 2], 8), 2, Dtype::F16);
+    check_shards(&residual(8, &[2, 1], 8), 1, Dtype::F32);
+}
+
+#[test]
+fn shards_of_a_chain_compute_what_the_fused_model_does() {
+    check_shards(&chain(4, 6), 2, Dtype::F16);
+    check_shards(&chain(3, 4), 1, Dtype::F16);
+}

@@ -1,0 +1,80 @@
+//! The compiler's tests: what its shards compute, what they cost, how they read, what is refused.
+//!
+//! One crate, so that tract is linked once. Models come from `fixtures`, the truth from `reference`,
+//! tract runs behind `engine`.
+
+#[path = "../engine/mod.rs"]
+mod engine;
+#[path = "../fixtures/mod.rs"]
+mod fixtures;
+#[path = "../reference/mod.rs"]
+mod reference;
+
+mod equality;
+mod errors;
+mod exporters;
+mod mutants;
+mod numbers;
+mod placements;
+mod snapshots;
+
+use fixtures::{Net, values};
+use snn_compiler::{CompileError, Nodes, Options, PolicySource, Source, Split, compile};
+use snn_schemas::policy::Step;
+use snn_schemas::{Decision, Dtype, Levels, Policy};
+
+/// Largest difference of two evaluations in f32 of one function: the order of sums differs.
+const TOLERANCE: f32 = 1e-4;
+
+/// A policy of arbitrary decisions and levels that follow from `seed`.
+fn policy(net: &Net, staleness: usize, dtype: Dtype, seed: usize) -> Policy {
+    let groups = net.groups;
+    let levels = Levels::default();
+    let pick = |what: &str, step: usize, count: usize| {
+        let value = values(&format!("{what} {seed}.{step}"), 1)[0];
+        ((value + 1.0) / 2.0 * count as f32) as usize % count
+    };
+    let step = |step| Step {
+        decision: Decision::from_id(pick("decision", step, Decision::count(groups)), groups)
+            .expect("a decision of that number"),
+        level: pick("level", step, levels.count),
+    };
+    let steps = (0..Policy::steps_for(net.blocks.len(), staleness)).map(step).collect();
+    Policy { groups, staleness, dtype, levels, steps, provenance: None }
+}
+
+fn policy_source(policy: &Policy) -> PolicySource {
+    PolicySource::from_bytes(policy.to_json().as_bytes()).expect("a valid policy")
+}
+
+fn try_split(model: Vec<u8>, policy: Option<&Policy>, nodes: Nodes) -> Result<Split, CompileError> {
+    let source = Source::from_bytes(model.into())?;
+    let options = Options { nodes, input_shape: None };
+    compile(&source, policy.map(policy_source).as_ref(), &options)
+}
+
+fn split(model: Vec<u8>, policy: Option<&Policy>, nodes: Nodes) -> Split {
+    try_split(model, policy, nodes).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// The only shard of a split on one node, run in tract.
+fn run_fused(split: &Split, net: &Net, image: &[f32]) -> Vec<f32> {
+    assert_eq!(split.shards.len(), 1);
+    engine::run(&split.shards[0].model, &shape(net), image)
+}
+
+fn shape(net: &Net) -> [usize; 4] {
+    let [channels, height, width] = net.image;
+    [1, channels, height, width]
+}
+
+#[track_caller]
+fn assert_close(found: &[f32], expected: &[f32], what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (found, expected) in found.iter().zip(expected) {
+        let difference = (found - expected).abs();
+        assert!(difference <= TOLERANCE, "{what}: {found} for {expected}, off by {difference}");
+    }
+    // Two nets that give nothing but zeros would be equal too.
+    assert!(expected.iter().any(|value| value.abs() > 0.01), "{what}: {expected:?} tell nothing");
+}

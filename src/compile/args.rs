@@ -1,0 +1,154 @@
+//! The command line of `snnc`: what may be typed, and the help that explains it.
+//!
+//! Takes `argv`; gives [`Args`], or clap's own answer for `--help`, `--version` and mistakes.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use snn_compiler::{Nodes, Options};
+
+const HELP: &str = "\
+Example:
+  snnc inspect model.onnx
+  snnc split model.onnx --policy best.json
+  snnc show model.shards --format svg -o partition.svg
+
+Exit codes: 0 done, 2 error.";
+
+const SPLIT_HELP: &str = "\
+Examples:
+  A node for each group, in model.shards/:
+      snnc split model.onnx --policy best.json
+  Four groups on two devices:
+      snnc split model.onnx --policy best.json --place 0,0,1,1 -o two
+  One plain ONNX file that computes the same, to compare with:
+      snnc split model.onnx --policy best.json --nodes 1 -o fused";
+
+const INSPECT_HELP: &str = "\
+Example:
+  snnc inspect model.onnx";
+
+const SHOW_HELP: &str = "\
+Examples:
+  snnc show model.shards
+  snnc show model.shards -o partition.svg
+  snnc show model.onnx --policy best.json --nodes 2";
+
+/// Split one neural network over several devices.
+#[derive(Debug, Parser)]
+#[command(name = "snnc", version, after_help = HELP)]
+pub struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Write one ONNX shard a node, and cluster.json
+    #[command(after_help = SPLIT_HELP)]
+    Split(Split),
+    /// Say which groups and blocks a model has, or which op mixes its groups
+    #[command(after_help = INSPECT_HELP)]
+    Inspect(Inspect),
+    /// Draw a partition: who computes what, and what crosses between nodes
+    #[command(after_help = SHOW_HELP)]
+    Show(Show),
+}
+
+/// What decides how a model is compiled.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Compile {
+    /// Who sends to whom, and when; without it nothing is exchanged
+    #[arg(long, value_name = "FILE.json")]
+    pub(crate) policy: Option<PathBuf>,
+
+    /// Spread the groups evenly over N nodes [default: a node for each group]
+    #[arg(long, value_name = "N", conflicts_with = "place")]
+    nodes: Option<usize>,
+
+    /// Node of each group, as in 0,0,1,1
+    #[arg(long, value_name = "RANKS", value_delimiter = ',')]
+    place: Option<Vec<usize>>,
+
+    /// Shape of the input where the model leaves it open, as in 1,3,32,32
+    #[arg(long, value_name = "SHAPE", value_delimiter = ',')]
+    input_shape: Option<Vec<usize>>,
+}
+
+impl Compile {
+    /// The compiler's own options.
+    pub(crate) fn options(&self) -> Options {
+        let nodes = match (self.nodes, &self.place) {
+            (Some(nodes), _) => Nodes::Even(nodes),
+            (None, Some(ranks)) => Nodes::Explicit(ranks.clone()),
+            (None, None) => Nodes::PerGroup,
+        };
+        Options { nodes, input_shape: self.input_shape.clone() }
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Split {
+    /// Model to split
+    #[arg(value_name = "MODEL.onnx")]
+    pub(crate) model: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) compile: Compile,
+
+    /// Folder to write [default: MODEL.shards]
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) output: Option<PathBuf>,
+
+    /// Print the table and the costs as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Inspect {
+    /// Model to look at
+    #[arg(value_name = "MODEL.onnx")]
+    pub(crate) model: PathBuf,
+
+    /// Number of groups to look for, 2 to 8 [default: as many as there are]
+    #[arg(long, value_name = "G")]
+    pub(crate) groups: Option<usize>,
+
+    /// Shape of the input where the model leaves it open, as in 1,3,32,32
+    #[arg(long, value_name = "SHAPE", value_delimiter = ',')]
+    pub(crate) input_shape: Option<Vec<usize>>,
+
+    /// Print what was found as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Show {
+    /// Folder of a split, or a model that is then compiled in memory
+    #[arg(value_name = "DIR|MODEL.onnx")]
+    pub(crate) source: PathBuf,
+
+    /// How to draw [default: what FILE's extension says, else text]
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) format: Option<Format>,
+
+    /// File to write, in place of standard output
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+
+    #[command(flatten, next_help_heading = "Where a model is given")]
+    pub(crate) compile: Compile,
+}
+
+/// A kind of picture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// For a terminal.
+    Text,
+    /// For Graphviz.
+    Dot,
+    /// For a browser.
+    Svg,
+}
