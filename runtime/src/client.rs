@@ -18,7 +18,7 @@ use zenoh::Session;
 use crate::transport::zenoh::{
     LinkError, client_config, into_bytes, one_line, parse_address, split_prefix,
 };
-use crate::{NodeReport, Tensor};
+use crate::{Answer, NodeReport, Tensor};
 
 /// How long a node may take to accept a connection: beyond it, nobody is there.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
@@ -87,7 +87,7 @@ impl Client {
         &self.info
     }
 
-    /// Asks for one inference; gives the model's outputs in order.
+    /// Asks for one inference.
     ///
     /// # Errors
     /// The cluster's refusal in its own words, or that there was no answer in time.
@@ -95,12 +95,12 @@ impl Client {
         &self,
         inputs: Vec<Tensor>,
         within: Duration,
-    ) -> Result<Vec<Tensor>, AskError> {
+    ) -> Result<Answer, AskError> {
         let question = wire::Infer { within, inputs }.encode();
         let answers = ask(&self.session, &infer_key(&self.info.split), question, within).await?;
         let answer = answers.into_iter().next().ok_or(AskError::NoAnswer { within })?;
         match wire::Reply::decode(answer)? {
-            wire::Reply::Answer(outputs) => Ok(outputs),
+            wire::Reply::Answer(answer) => Ok(answer),
             wire::Reply::Failure(reason) => Err(AskError::Refused { reason }),
         }
     }

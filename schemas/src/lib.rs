@@ -11,6 +11,8 @@ pub mod policy;
 pub mod manifest;
 pub mod metadata;
 
+pub mod wire;
+
 /// Most groups, and so most nodes, a network may have. Eight groups already have 40,320 decisions a
 /// step; devices beyond that are better served by a second cluster.
 pub const MAX_GROUPS: usize = 8;

@@ -67,12 +67,12 @@ pub(super) async fn ask(client: &Client, inputs: &[Array], within: Duration) -> 
         .iter()
         .map(|array| Tensor::new(array.shape.clone(), array.data.clone()).context("input"))
         .collect::<Result<Vec<Tensor>>>()?;
-    let outputs = client.infer(inputs, within).await?;
+    let answer = client.infer(inputs, within).await?;
     let array = |tensor: Tensor| {
         let (shape, data) = tensor.into_parts();
         Array { shape, data }
     };
-    Ok(outputs.into_iter().map(array).collect())
+    Ok(answer.outputs.into_iter().map(array).collect())
 }
 
 /// The only output of an answer.

@@ -151,8 +151,7 @@ impl Link {
         let zid = self.session.zid();
         let key = format!("{ALIVE}/{}/{}/{zid}", identity.split, identity.rank);
         let token = self.session.liveliness().declare_token(key).await.map_err(session_error)?;
-        let session = self.session.clone();
-        Ok(ZenohTransport { session, publishers, _frames: frames, _peers: peers, _token: token })
+        Ok(ZenohTransport { publishers, _frames: frames, _peers: peers, _token: token })
     }
 
     async fn publishers(&self, identity: &Identity) -> Result<Vec<Publisher<'static>>, LinkError> {
@@ -185,6 +184,7 @@ impl Link {
 
     async fn peers(&self, identity: &Identity, sink: Sink) -> Result<Subscriber<()>, LinkError> {
         let own = self.session.zid().to_string();
+        let cluster = identity.split.clone();
         let present = Mutex::new(Presence::default());
         let on_token = move |sample: Sample| {
             let key = sample.key_expr().as_str();
@@ -198,8 +198,11 @@ impl Link {
             // The lock is held while the sink is told, so that it hears of changes in their order.
             let mut present = present.lock().unwrap_or_else(PoisonError::into_inner);
             let up = sample.kind() == SampleKind::Put;
-            if let Some(event) = present.change(split, rank, session, up) {
-                sink(event);
+            match present.change(split, rank, session, up) {
+                // That a node of another split has left says nothing about ours.
+                Some(Event::PeerDown { .. }) if split != cluster => {}
+                Some(event) => sink(event),
+                None => {}
             }
         };
         self.session
@@ -246,7 +249,6 @@ impl Presence {
 /// A node's connection to its cluster. Dropping it leaves the cluster; the [`Link`] stays open.
 #[derive(Debug)]
 pub struct ZenohTransport {
-    session: Session,
     publishers: Vec<Publisher<'static>>,
     _frames: Subscriber<()>,
     _peers: Subscriber<()>,
