@@ -203,7 +203,21 @@ impl Graph {
             self.dag[id].outputs.push(TensorId(self.tensors.len()));
             self.tensors.push(Tensor { name, shape, elem, producer: id });
         }
+        self.tell_apart(id);
         id
+    }
+
+    /// Gives an op of our own, which is called like its result, the name that result really got.
+    fn tell_apart(&mut self, id: OpId) {
+        let Some(&first) = self.dag[id].outputs.first() else { return };
+        let given = &self.tensors[first.0].name;
+        if let Some(proto) = &mut self.dag[id].proto
+            && let Some(own) = proto.name.clone()
+            && given.strip_prefix(&own).is_some_and(|rest| rest.starts_with('.'))
+            && given[own.len() + 1..].bytes().all(|byte| byte.is_ascii_digit())
+        {
+            proto.name = Some(given.clone());
+        }
     }
 
     /// Adds an op with one result and gives that.

@@ -18,6 +18,7 @@ pub mod show;
 pub mod verify;
 
 mod cost;
+mod fold;
 mod rewrite;
 mod shapes;
 

@@ -210,7 +210,7 @@ fn write_svg(out: &mut String, lanes: &Lanes<'_>) -> fmt::Result {
     }
     write_lanes(out, lanes, width)?;
     for arrow in &lanes.arrows {
-        write_arrow(out, arrow)?;
+        write_arrow(out, manifest, arrow)?;
     }
     let cost = &manifest.cost;
     writeln!(
@@ -267,7 +267,7 @@ fn write_lanes(out: &mut String, lanes: &Lanes<'_>, width: usize) -> fmt::Result
     Ok(())
 }
 
-fn write_arrow(out: &mut String, arrow: &Arrow<'_>) -> fmt::Result {
+fn write_arrow(out: &mut String, manifest: &Manifest, arrow: &Arrow<'_>) -> fmt::Result {
     // Leaves to the right of the sending block, arrives at the edge of the receiving one.
     let down = arrow.to_lane > arrow.from_lane;
     let edge = |lane: usize, below: bool| match below {
@@ -277,7 +277,7 @@ fn write_arrow(out: &mut String, arrow: &Arrow<'_>) -> fmt::Result {
     let (x1, y1) = (center(arrow.from_block) + BOX_WIDTH / 4, edge(arrow.from_lane, down));
     let (x2, y2) = (center(arrow.to_block) - BOX_WIDTH / 4, edge(arrow.to_lane, !down));
     let bend = (x2 as i64 - x1 as i64) / 2;
-    let title = transfer(arrow.transfer);
+    let title = transfer(manifest, arrow.transfer);
     writeln!(
         out,
         "<path class=\"arrow\" d=\"M{x1} {y1}C{} {y1} {} {y2} {x2} {y2}\"><title>{}</title></path>",

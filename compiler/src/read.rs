@@ -5,7 +5,7 @@
 //! follows from shapes alone is computed, and ops that do nothing at inference (Identity, Dropout)
 //! are gone. Ops no output needs are dropped. The rest is untouched: names, attributes, order.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
 use snn_schemas::onnx::{
@@ -13,6 +13,7 @@ use snn_schemas::onnx::{
 };
 
 use crate::error::CompileError;
+use crate::fold::fold;
 use crate::graph::{Arg, Graph, Op, TensorId, TensorSpec, UNDEFINED, elem_size};
 use crate::shapes::{self, Facts};
 
@@ -33,18 +34,44 @@ impl Source {
     pub fn from_bytes(bytes: Bytes) -> Result<Source, CompileError> {
         let sha256 = crate::sha256(&bytes);
         let model = onnx::decode(bytes)?;
-        let graph = model.graph.as_ref().map(|graph| graph.initializer.as_slice());
-        for tensor in graph.unwrap_or_default() {
-            if tensor.data_location() == tensor_proto::DataLocation::External {
-                let location = tensor.external_data.iter().find(|e| e.key() == "location");
-                return Err(CompileError::ExternalData {
-                    tensor: tensor.name().to_owned(),
-                    location: location.map_or("?", |entry| entry.value()).to_owned(),
-                });
-            }
+        if let Some(graph) = &model.graph {
+            check_names(graph)?;
+            let constants = graph.node.iter().flat_map(|node| &node.attribute);
+            let constants = constants.filter_map(|attribute| attribute.t.as_ref());
+            graph.initializer.iter().chain(constants).try_for_each(check_location)?;
         }
         Ok(Source { model, sha256 })
     }
+}
+
+/// Messages are one line: names that would break them are no names.
+fn check_names(graph: &GraphProto) -> Result<(), CompileError> {
+    let node = |node: &'_ NodeProto| {
+        let own = [node.name(), node.op_type(), node.domain()].map(str::to_owned);
+        let attributes = node.attribute.iter().map(|attribute| attribute.name().to_owned());
+        let tensors = node.input.iter().chain(&node.output).cloned();
+        own.into_iter().chain(attributes).chain(tensors).collect::<Vec<String>>()
+    };
+    let values = graph.input.iter().chain(&graph.output).map(|value| value.name().to_owned());
+    let names = values.chain(graph.initializer.iter().map(|tensor| tensor.name().to_owned()));
+    match names.chain(graph.node.iter().flat_map(node)).find(|n| n.contains(char::is_control)) {
+        Some(name) => {
+            Err(CompileError::Malformed(format!("the name {name:?} has control characters")))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Weights must stand in the file itself.
+fn check_location(tensor: &TensorProto) -> Result<(), CompileError> {
+    if tensor.data_location() != tensor_proto::DataLocation::External {
+        return Ok(());
+    }
+    let location = tensor.external_data.iter().find(|entry| entry.key() == "location");
+    Err(CompileError::ExternalData {
+        tensor: tensor.name().to_owned(),
+        location: location.map_or("?", |entry| entry.value()).to_owned(),
+    })
 }
 
 /// Name of an op for messages: its own, or its first result's.
@@ -82,6 +109,7 @@ pub fn read(source: &Source, input_shape: Option<&[usize]>) -> Result<Model, Com
     let Some(proto) = model.graph.as_ref() else {
         return Err(CompileError::Malformed("the model holds no graph".to_owned()));
     };
+    check_outputs(proto)?;
     let inputs = shapes::fix_inputs(proto, input_shape)?;
     let facts = shapes::infer(model, &inputs)?;
     let opset = model.opset_import.iter().find(|set| matches!(set.domain(), "" | "ai.onnx"));
@@ -100,6 +128,24 @@ pub fn read(source: &Source, input_shape: Option<&[usize]>) -> Result<Model, Com
         ir_version: model.ir_version(),
         subgraph: subgraph.map(|node| (node_name(node).into(), node.op_type().into())),
     })
+}
+
+/// Every output of the model is made by something.
+fn check_outputs(graph: &GraphProto) -> Result<(), CompileError> {
+    if graph.output.is_empty() {
+        return Err(CompileError::Malformed("the model has no outputs".to_owned()));
+    }
+    let made = graph.node.iter().flat_map(|node| &node.output).map(String::as_str);
+    let given = graph.input.iter().map(|input| input.name());
+    let known: HashSet<&str> =
+        made.chain(given).chain(graph.initializer.iter().map(|tensor| tensor.name())).collect();
+    match graph.output.iter().find(|output| !known.contains(output.name())) {
+        Some(output) => {
+            let name = output.name();
+            Err(CompileError::Malformed(format!("nothing gives the output \"{name}\"")))
+        }
+        None => Ok(()),
+    }
 }
 
 /// What each name of the file stands for, while ops are read in file order.
@@ -126,9 +172,6 @@ impl Reader {
         }
         for node in &proto.node {
             self.read_node(node)?;
-        }
-        if proto.output.is_empty() {
-            return Err(CompileError::Malformed("the model has no outputs".to_owned()));
         }
         for output in &proto.output {
             let tensor = self.output(output.name())?;
@@ -164,7 +207,11 @@ impl Reader {
             let constant = self.graph.add_const(value);
             return self.define(first, Arg::Const(constant));
         }
-        if let Some(value) = self.facts.get(first).and_then(|fact| fact.value.clone()) {
+        let known = self
+            .facts
+            .get(first)
+            .and_then(|fact| fact.value.clone().or_else(|| fold(node, &inputs, &self.graph, fact)));
+        if let Some(value) = known {
             let value = TensorProto { name: Some(first.clone()), ..value };
             let constant = self.graph.add_const(value);
             return self.define(first, Arg::Const(constant));

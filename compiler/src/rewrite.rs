@@ -60,6 +60,12 @@ pub(crate) fn select(
         return tensor;
     }
     let name = format!("{}[{}..{}]", source.name, start, start + length);
+    // Two takers in one group share what is cut.
+    let cut = |&op: &OpId| graph.op(op).group == group && graph.op(op).op_type() == "Slice";
+    let cuts = graph.consumers(tensor).into_iter().filter(cut).map(|op| graph.op(op).outputs[0]);
+    if let Some(same) = cuts.into_iter().find(|&cut| graph.tensor(cut).name == name) {
+        return same;
+    }
     let mut spec = TensorSpec { name, shape: source.shape.clone(), elem: source.elem };
     spec.shape[1] = length;
     let (start, end) = (start as i64, (start + length) as i64);

@@ -237,8 +237,16 @@ fn onnx_elem(datum: DatumType) -> Option<i32> {
     })
 }
 
+/// What the inference says, on one line: the op it names, and the innermost reason.
 fn one_line(error: &TractError) -> String {
     let chain: Vec<String> =
         error.chain().map(|cause| cause.to_string().lines().next().unwrap_or("").into()).collect();
-    chain.join(": ")
+    let op = chain.iter().find_map(|text| text.split_once("node #")?.1.split('"').nth(1));
+    match (op, chain.last()) {
+        (Some(op), Some(reason)) if chain.len() > 1 => {
+            let reason = reason.trim_end_matches('.');
+            format!("op \"{op}\" does not fit its arguments: {reason}")
+        }
+        _ => chain.join(": "),
+    }
 }

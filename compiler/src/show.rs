@@ -2,7 +2,7 @@
 //!
 //! Takes what the stages give; writes lines in stable order. Snapshots, `snnc inspect`, `snnc show`
 //! and messages all use it, so a transfer looks the same wherever it is met:
-//! `t7  stage2.3/out  [1,112,16,16]×0.875 f16  g0 → g2  57344 B`.
+//! `t7  stage2.3/out  [1,128,16,16]×0.875 f16  g0 → g2  57344 B`.
 
 use std::fmt::{self, Write as _};
 
@@ -21,21 +21,33 @@ pub fn shape(shape: &[usize]) -> String {
     format!("[{}]", dims.join(","))
 }
 
-/// A transfer on one line.
-pub fn transfer(transfer: &Transfer) -> String {
+/// A transfer on one line: what is sent, its whole shape times the fraction that crosses.
+pub fn transfer(manifest: &Manifest, transfer: &Transfer) -> String {
     let from = end(transfer.from, transfer.from_group);
     let to = end(transfer.to, transfer.to_group);
+    let mut whole = transfer.shape.clone();
     let keep = match transfer.channels {
         channels if channels == transfer.keep || channels == 0 => String::new(),
-        channels => format!("×{}", transfer.keep as f64 / channels as f64),
+        channels => {
+            whole.iter_mut().skip(1).take(1).for_each(|dim| *dim = channels);
+            format!("×{}", transfer.keep as f64 / channels as f64)
+        }
     };
-    let Transfer { id, tensor, dtype, bytes, .. } = transfer;
-    format!("t{id}  {tensor}  {}{keep} {dtype}  {from} → {to}  {bytes} B", shape(&transfer.shape))
+    let Transfer { id, dtype, bytes, .. } = transfer;
+    let name = source(manifest, transfer);
+    format!("t{id}  {name}  {}{keep} {dtype}  {from} → {to}  {bytes} B", shape(&whole))
+}
+
+/// The block whose output is sent; the tensor's own name where no step asks for it.
+fn source<'a>(manifest: &'a Manifest, transfer: &'a Transfer) -> &'a str {
+    let block = transfer.step.zip(manifest.staleness).map(|(step, staleness)| step * staleness);
+    let block = block.and_then(|block| manifest.blocks.get(block));
+    block.map_or(&transfer.tensor, |block| &block.name)
 }
 
 /// All transfers of a split, a line each, in the order in which they are sent.
 pub fn transfers(manifest: &Manifest) -> String {
-    manifest.transfers.iter().map(|entry| transfer(entry) + "\n").collect()
+    manifest.transfers.iter().map(|entry| transfer(manifest, entry) + "\n").collect()
 }
 
 /// An end of a transfer: the group where there is one, else the node.
@@ -94,13 +106,14 @@ fn write_groups(text: &mut String, graph: &Graph, groups: &Groups) -> fmt::Resul
             .iter()
             .map(|step| format!("{step} (b{} → b{})", step * staleness + 1, (step + 1) * staleness))
             .collect();
+        let plural = if steps == 1 { "step" } else { "steps" };
+        write!(text, "α = {staleness}: {steps} {plural}")?;
         match crossing.is_empty() {
-            true => writeln!(text, "α = {staleness}: {steps} steps")?,
-            false => writeln!(
-                text,
-                "α = {staleness}: {steps} steps, but these cross a stride and must stay silent: {}",
-                crossing.join(", ")
-            )?,
+            true => writeln!(text)?,
+            false => {
+                let crossing = crossing.join(", ");
+                writeln!(text, ", silent where a stride is crossed: {crossing}")?;
+            }
         }
     }
     Ok(())

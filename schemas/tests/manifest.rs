@@ -91,7 +91,10 @@ fn faults_are_named() {
         (&|m| m.transfers[0].to_group = Some(2), "transfer names group 2, but there are 2 groups"),
         (&|m| m.transfers[0].step = Some(3), "transfer t0: step 3 lies beyond the 6 blocks"),
         (&|m| m.staleness = None, "transfer t0: step 0 lies beyond the 6 blocks"),
-        (&|m| m.transfers[0].bytes += 1, "transfer t0: 33 bytes do not follow from its shape and dtype"),
+        (
+            &|m| m.transfers[0].bytes += 1,
+            "transfer t0: 33 bytes do not follow from its shape and dtype",
+        ),
         (
             &|m| m.nodes[1].shard = "../shard_1.onnx".to_owned(),
             "shard of rank 1 is \"../shard_1.onnx\", expected a file name",
@@ -128,7 +131,8 @@ fn a_file_that_is_far_too_large_is_not_parsed() {
 
 #[test]
 fn traffic_is_counted_at_both_ends() {
-    let transfers = vec![transfer(0, 0, 1, [1, 4, 2, 2], true), transfer(1, 2, 1, [1, 4, 2, 2], false)];
+    let transfers =
+        vec![transfer(0, 0, 1, [1, 4, 2, 2], true), transfer(1, 2, 1, [1, 4, 2, 2], false)];
     let manifest = manifest(3, transfers);
     assert_eq!([0, 1, 2].map(|rank| manifest.traffic(rank)), [(32, 0), (0, 96), (64, 0)]);
 }

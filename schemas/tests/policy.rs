@@ -35,8 +35,9 @@ fn refused(changes: Value) -> String {
 #[test]
 fn decisions_are_numbered_as_in_table_3() {
     let table = [
-        "0123", "0132", "0213", "0231", "0312", "0321", "1023", "1032", "1203", "1230", "1302", "1320",
-        "2013", "2031", "2103", "2130", "2301", "2310", "3012", "3021", "3102", "3120", "3201", "3210",
+        "0123", "0132", "0213", "0231", "0312", "0321", "1023", "1032", "1203", "1230", "1302",
+        "1320", "2013", "2031", "2103", "2130", "2301", "2310", "3012", "3021", "3102", "3120",
+        "3201", "3210",
     ];
     assert_eq!(Decision::count(4), table.len());
     for (id, digits) in table.into_iter().enumerate() {
@@ -51,7 +52,8 @@ fn decisions_are_numbered_as_in_table_3() {
 #[test]
 fn nine_of_24_decisions_are_communication_intensive() {
     let intensive = |groups| {
-        let decisions = (0..Decision::count(groups)).filter_map(move |id| Decision::from_id(id, groups));
+        let decisions =
+            (0..Decision::count(groups)).filter_map(move |id| Decision::from_id(id, groups));
         decisions.filter(Decision::is_intensive).count()
     };
     assert_eq!([2, 3, 4].map(intensive), [1, 2, 9]);
@@ -65,7 +67,10 @@ fn levels_are_those_of_table_4() {
     let kept: Vec<usize> = (0..9).map(|level| levels.keep(level, 64)).collect();
     assert_eq!(kept, [32, 36, 40, 44, 48, 52, 56, 60, 64]);
     // ⌊ … ⌋: of ten channels 5.625 are five.
-    assert_eq!((0..9).map(|level| levels.keep(level, 10)).collect::<Vec<_>>(), [5, 5, 6, 6, 7, 8, 8, 9, 10]);
+    assert_eq!(
+        (0..9).map(|level| levels.keep(level, 10)).collect::<Vec<_>>(),
+        [5, 5, 6, 6, 7, 8, 8, 9, 10]
+    );
 }
 
 #[test]
@@ -85,18 +90,24 @@ fn costs_are_those_of_table_6() {
         (policy.expect("a valid policy").paper_cost(18) * 10_000.0).round() / 100.0
     };
     let dense = json!([12, 12, 7, 9, 10, 23, 9, 16, 18]);
-    let sparse = json!([[0, 8], [10, 3], [18, 7], [22, 8], [16, 8], [18, 8], [9, 7], [13, 8], [22, 7]]);
-    let half = json!([[9, 4], [22, 6], [18, 6], [3, 6], [16, 7], [23, 8], [9, 8], [13, 8], [20, 7]]);
+    let sparse =
+        json!([[0, 8], [10, 3], [18, 7], [22, 8], [16, 8], [18, 8], [9, 7], [13, 8], [22, 7]]);
+    let half =
+        json!([[9, 4], [22, 6], [18, 6], [3, 6], [16, 7], [23, 8], [9, 8], [13, 8], [20, 7]]);
     assert_eq!([cost("f32", dense), cost("f32", sparse), cost("f16", half)], [31.48, 27.78, 14.44]);
 }
 
 #[test]
 fn steps_lie_where_the_paper_puts_them() {
     let policy = Policy::silent(4, 2, 9);
-    let ends: Vec<(usize, usize)> = (0..3).map(|t| (policy.sent_after(t), policy.added_in(t))).collect();
+    let ends: Vec<(usize, usize)> =
+        (0..3).map(|t| (policy.sent_after(t), policy.added_in(t))).collect();
     // Blocks from 0: sent after 1, 3, 5, added in 2, 4, 6 as the paper counts.
     assert_eq!(ends, [(0, 1), (2, 3), (4, 5)]);
-    assert_eq!([(18, 2), (36, 2), (18, 4), (7, 3)].map(|(b, alpha)| Policy::steps_for(b, alpha)), [9, 18, 4, 2]);
+    assert_eq!(
+        [(18, 2), (36, 2), (18, 4), (7, 3)].map(|(b, alpha)| Policy::steps_for(b, alpha)),
+        [9, 18, 4, 2]
+    );
 }
 
 // ---- Both forms.
@@ -121,9 +132,11 @@ fn what_is_left_out_has_its_default() {
 
 #[test]
 fn faults_are_named_with_their_step() {
-    let step = |send_to: Value, level: Value| json!({ "steps": [
+    let step = |send_to: Value, level: Value| {
+        json!({ "steps": [
         { "send_to": [0, 1, 2, 3] }, { "send_to": send_to, "level": level }
-    ] });
+    ] })
+    };
     let cases = [
         (json!({ "version": 2 }), "version 2, expected 1"),
         (json!({ "groups": 9 }), "groups: 9, expected 2 to 8"),
@@ -141,10 +154,7 @@ fn faults_are_named_with_their_step() {
         ),
         (step(json!([1, 0]), json!(8)), "step 1: send_to has 2 entries, expected 4, one a group"),
         (step(json!([1, 0, 3, 2]), json!(9)), "step 1: level 9, expected 0 to 8"),
-        (
-            json!({ "steps": null, "decisions": [7, 24] }),
-            "step 1: decision 24, expected 0 to 23",
-        ),
+        (json!({ "steps": null, "decisions": [7, 24] }), "step 1: decision 24, expected 0 to 23"),
         (
             json!({ "steps": null, "decisions": [[7, 8], [7, 9]] }),
             "step 1: level 9, expected 0 to 8",
@@ -165,7 +175,10 @@ fn unknown_keys_and_wrong_types_are_named() {
     start(json!({ "steps": [{ "send": [0, 1, 2, 3] }] }), "unknown field `send`");
     start(json!({ "dtype": "f8" }), "unknown variant `f8`, expected `f32` or `f16`");
     start(json!({ "staleness": -1 }), "invalid value: integer `-1`");
-    assert_eq!("f8".parse::<Dtype>().expect_err("none of ours").to_string(), "dtype \"f8\", expected \"f32\" or \"f16\"");
+    assert_eq!(
+        "f8".parse::<Dtype>().expect_err("none of ours").to_string(),
+        "dtype \"f8\", expected \"f32\" or \"f16\""
+    );
 }
 
 #[test]
@@ -178,7 +191,8 @@ fn a_file_that_is_far_too_large_is_not_parsed() {
 // ---- Round trips.
 
 fn policies() -> impl Strategy<Value = Policy> {
-    let provenance = prop::option::of(prop::collection::btree_map("[a-z]{1,8}", any::<i32>(), 0..4));
+    let provenance =
+        prop::option::of(prop::collection::btree_map("[a-z]{1,8}", any::<i32>(), 0..4));
     (2..=8_usize, 1..9_usize, any::<bool>(), 1..12_usize, 0..=100_u8, provenance).prop_flat_map(
         |(groups, staleness, half, count, min_percent, provenance)| {
             let levels = Levels { count, min_percent: f64::from(min_percent) };

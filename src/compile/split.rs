@@ -76,7 +76,7 @@ fn rows(split: &snn_compiler::Split) -> Vec<Row> {
 
 fn table(rows: &[Row]) -> String {
     let mut table = Table::new();
-    table.load_preset(comfy_table::presets::NOTHING);
+    table.load_style(comfy_table::presets::NOTHING);
     table.set_header(["shard", "groups", "ops", "parameters", "MFLOPs", "bytes sent", "bytes received"]);
     for row in rows {
         let groups: Vec<String> = row.groups.iter().map(|group| format!("g{group}")).collect();
@@ -90,7 +90,7 @@ fn table(rows: &[Row]) -> String {
             row.bytes_received.to_string(),
         ]);
     }
-    for column in table.column_iter_mut().filter(|column| column.index() != 1) {
+    for column in table.column_iter_mut().filter(|column| column.index != 1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
     for column in table.column_iter_mut() {

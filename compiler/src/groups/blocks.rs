@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::graph::{Graph, OpId, TensorId};
+use crate::graph::{Arg, Graph, OpId, TensorId, const_elements};
 use crate::groups::layout::Layout;
 use crate::groups::meaning::{Meaning, meaning_of};
 
@@ -109,6 +109,8 @@ enum Kind {
     Weights,
     /// An activation function: closes the block.
     Activation,
+    /// Multiplication by numbers: the end of an activation written as several ops, or as below.
+    Scale,
     /// A batch norm or a bias: still part of the sum.
     Affine,
     /// Anything else, pooling say: begins the next block.
@@ -123,6 +125,7 @@ fn kind(graph: &Graph, segment: &Segment) -> Kind {
     } else if meanings.iter().all(elementwise) {
         match meanings.contains(&Meaning::Elementwise { activation: true }) {
             true => Kind::Activation,
+            false if segment.ops.iter().all(|&op| is_scale(graph, op)) => Kind::Scale,
             false => Kind::Affine,
         }
     } else if meanings.iter().all(|m| *m == Meaning::PerChannel || elementwise(m)) {
@@ -130,6 +133,16 @@ fn kind(graph: &Graph, segment: &Segment) -> Kind {
     } else {
         Kind::Other
     }
+}
+
+/// Whether an op multiplies by one number, as the last of `x · clip(x + 3, 0, 6) / 6` does.
+fn is_scale(graph: &Graph, id: OpId) -> bool {
+    let op = graph.op(id);
+    let number = |arg: &Arg| match arg {
+        Arg::Const(id) => const_elements(graph.constant(*id)) == 1,
+        _ => false,
+    };
+    matches!(op.op_type(), "Mul" | "Div") && op.inputs.iter().any(number)
 }
 
 /// Collects segments into blocks.
@@ -145,6 +158,9 @@ struct Builder<'a> {
 impl Builder<'_> {
     fn push(&mut self, segment: Segment) {
         let kind = kind(self.graph, &segment);
+        if kind == Kind::Scale && self.ends_activation(&segment) {
+            return self.extend(segment);
+        }
         if self.weighted && matches!(kind, Kind::Weights | Kind::Other) {
             self.close(vec![]);
         }
@@ -155,10 +171,24 @@ impl Builder<'_> {
                 return;
             }
             Kind::Weights => self.weighted = true,
-            Kind::Activation | Kind::Affine | Kind::Other => {}
+            Kind::Activation | Kind::Scale | Kind::Affine | Kind::Other => {}
         }
         self.sum = Some(segment.end);
         self.out = Some(segment.end);
+    }
+
+    /// Whether a segment directly follows an activation that is itself several ops.
+    fn ends_activation(&self, segment: &Segment) -> bool {
+        let last = self.blocks.last().filter(|block| block.closing.len() > 1);
+        let first = segment.ops.first().map(|&op| self.graph.op(op));
+        last.zip(first).is_some_and(|(block, op)| op.tensors().any(|tensor| tensor == block.out))
+    }
+
+    fn extend(&mut self, segment: Segment) {
+        if let Some(block) = self.blocks.last_mut() {
+            block.out = segment.end;
+            block.closing.extend(segment.ops);
+        }
     }
 
     fn close(&mut self, closing: Vec<OpId>) {

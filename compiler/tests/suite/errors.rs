@@ -180,9 +180,20 @@ fn an_op_whose_arguments_do_not_fit() {
     let mut model = model();
     let weight = &mut graph(&mut model).initializer[0];
     *weight = TensorProto::f32("stem.weight", &[4, 7, 3, 3], &[0.0; 4 * 7 * 9]);
-    let message = refused(&model);
-    assert!(message.starts_with("shapes: "), "{message}");
-    assert!(message.contains("stem/conv"), "{message}");
+    assert_eq!(
+        refused(&model),
+        "shapes: op \"stem/conv:Conv\" does not fit its arguments: Impossible to unify Val(3) with Val(7)"
+    );
+}
+
+#[test]
+fn a_name_that_would_break_the_line() {
+    let mut model = model();
+    graph(&mut model).node[2].name = Some("act\nsnnc: all is well".to_owned());
+    assert_eq!(
+        refused(&model),
+        r#"read: the name "act\nsnnc: all is well" has control characters"#
+    );
 }
 
 // ---- Groups.

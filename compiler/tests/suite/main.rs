@@ -17,6 +17,7 @@ mod mutants;
 mod numbers;
 mod placements;
 mod snapshots;
+mod torch;
 
 use fixtures::{Net, values};
 use snn_compiler::{CompileError, Nodes, Options, PolicySource, Source, Split, compile};
