@@ -76,8 +76,11 @@ pub enum CompileError {
         detail: String,
     },
     /// No op works on groups at all.
-    #[error("groups: no op of the model works on independent groups of channels")]
-    NoGroups,
+    #[error("groups: no op of the model works on {} independent groups of channels", .groups.map_or("2 to 8".to_owned(), |groups| groups.to_string()))]
+    NoGroups {
+        /// How many were asked for.
+        groups: Option<usize>,
+    },
     /// An op that holds other graphs cannot be rewritten.
     #[error("groups: op \"{op}\" ({op_type}) holds a graph of its own, which cannot be split")]
     Subgraph {

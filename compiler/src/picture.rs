@@ -9,7 +9,7 @@ use std::fmt::{self, Write as _};
 use snn_schemas::Manifest;
 use snn_schemas::manifest::Transfer;
 
-use crate::show::{costs, shape, transfer, transfers};
+use crate::show::{costs, idle, shape, transfer, transfers};
 
 /// What a manifest's lanes are made of.
 struct Lanes<'a> {
@@ -57,6 +57,12 @@ impl<'a> Lanes<'a> {
         self.manifest.blocks[block].groups.contains(&self.lanes[lane].1)
     }
 
+    /// Whether some group does not compute some block.
+    fn has_dropped(&self) -> bool {
+        let count = self.lanes.len();
+        self.manifest.blocks.iter().any(|block| block.groups.len() < count)
+    }
+
     /// A header over block `index` where the shape changes: `8×8`.
     fn stage(&self, index: usize) -> Option<String> {
         let extent = |block: usize| &self.manifest.blocks[block].shape[2.min(self.rank(block))..];
@@ -99,7 +105,13 @@ fn write_text(out: &mut String, lanes: &Lanes<'_>) -> fmt::Result {
     for (lane, (rank, group)) in lanes.lanes.iter().enumerate() {
         line(&format!("n{rank} g{group}"), &|block| cells[lane][block].clone())?;
     }
-    Ok(())
+    let mut legend = vec!["■ computed"];
+    legend.extend(lanes.has_dropped().then_some("· dropped: no output needs it"));
+    legend.extend((!lanes.arrows.is_empty()).then_some("→ sent to  ← added from"));
+    match blocks {
+        0 => Ok(()),
+        _ => writeln!(out, "{}", legend.join("  ")),
+    }
 }
 
 fn cell(lanes: &Lanes<'_>, lane: usize, block: usize) -> String {
@@ -167,6 +179,8 @@ const COLUMN: usize = 74;
 const LANE: usize = 64;
 const BOX_WIDTH: usize = 42;
 const BOX_HEIGHT: usize = 26;
+/// How far an arrow keeps its direction at either end.
+const BEND: usize = 22;
 
 const STYLE: &str = "\
 text{font:12px system-ui,sans-serif;fill:#1f2937}.dim{fill:#6b7280;font-size:11px}\
@@ -215,11 +229,12 @@ fn write_svg(out: &mut String, lanes: &Lanes<'_>) -> fmt::Result {
     let cost = &manifest.cost;
     writeln!(
         out,
-        "<text class=\"dim\" x=\"12\" y=\"{}\">paper cost {:.2} %   wire {} B = {:.2} % of a ring all-reduce</text>",
+        "<text class=\"dim\" x=\"12\" y=\"{}\">paper cost {:.2} % · wire {} B, {:.2} % of a ring all-reduce{}</text>",
         height - 16,
         cost.paper.fraction * 100.0,
         cost.wire.exchange_bytes,
-        cost.wire.fraction * 100.0
+        cost.wire.fraction * 100.0,
+        if lanes.has_dropped() { " · dashed: no output needs it" } else { "" }
     )?;
     writeln!(out, "</svg>")
 }
@@ -268,7 +283,7 @@ fn write_lanes(out: &mut String, lanes: &Lanes<'_>, width: usize) -> fmt::Result
 }
 
 fn write_arrow(out: &mut String, manifest: &Manifest, arrow: &Arrow<'_>) -> fmt::Result {
-    // Leaves to the right of the sending block, arrives at the edge of the receiving one.
+    // Leaves the right of the sending block and arrives at the left of the receiving one, upright.
     let down = arrow.to_lane > arrow.from_lane;
     let edge = |lane: usize, below: bool| match below {
         true => middle(lane) + BOX_HEIGHT / 2,
@@ -276,13 +291,14 @@ fn write_arrow(out: &mut String, manifest: &Manifest, arrow: &Arrow<'_>) -> fmt:
     };
     let (x1, y1) = (center(arrow.from_block) + BOX_WIDTH / 4, edge(arrow.from_lane, down));
     let (x2, y2) = (center(arrow.to_block) - BOX_WIDTH / 4, edge(arrow.to_lane, !down));
-    let bend = (x2 as i64 - x1 as i64) / 2;
+    let (leave, arrive) = match down {
+        true => (y1 + BEND, y2 - BEND),
+        false => (y1 - BEND, y2 + BEND),
+    };
     let title = transfer(manifest, arrow.transfer);
     writeln!(
         out,
-        "<path class=\"arrow\" d=\"M{x1} {y1}C{} {y1} {} {y2} {x2} {y2}\"><title>{}</title></path>",
-        x1 as i64 + bend.max(8),
-        x2 as i64 - bend.max(8),
+        "<path class=\"arrow\" d=\"M{x1} {y1}C{x1} {leave} {x2} {arrive} {x2} {y2}\"><title>{}</title></path>",
         escape(&title)
     )
 }
@@ -302,5 +318,6 @@ pub fn page(manifest: &Manifest) -> String {
     }
     page.push('\n');
     page.push_str(&costs(manifest));
+    page.push_str(&idle(manifest));
     page
 }

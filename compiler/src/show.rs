@@ -58,6 +58,9 @@ fn end(rank: usize, group: Option<usize>) -> String {
 /// Both costs, a line each.
 pub fn costs(manifest: &Manifest) -> String {
     let (paper, wire) = (&manifest.cost.paper, &manifest.cost.wire);
+    if manifest.blocks.is_empty() {
+        return "not taken apart: the whole model on one node, nothing to exchange\n".to_owned();
+    }
     let mut text = String::new();
     // Writing to a String cannot end in an error.
     let _ = writeln!(
@@ -75,6 +78,23 @@ pub fn costs(manifest: &Manifest) -> String {
         wire.other_bytes
     );
     text
+}
+
+/// A line on the groups whose work reaches no output at all; empty where every group counts.
+pub fn idle(manifest: &Manifest) -> String {
+    let works = |group: &usize| manifest.blocks.iter().any(|block| block.groups.contains(group));
+    let idle: Vec<String> = (0..manifest.groups)
+        .filter(|group| !manifest.blocks.is_empty() && !works(group))
+        .map(|group| format!("g{group}"))
+        .collect();
+    let cause = match manifest.policy_sha256 {
+        None => "without a policy nothing is exchanged",
+        Some(_) => "the policy brings nothing of theirs to an output",
+    };
+    match idle.is_empty() {
+        true => String::new(),
+        false => format!("dropped     {}: {cause}\n", idle.join(" ")),
+    }
 }
 
 /// The groups a node computes.

@@ -151,7 +151,7 @@ proptest! {
     #[test]
     fn a_manifest_is_read_as_it_was_written(manifest in manifests()) {
         let json = manifest.to_json();
-        prop_assert!(json.ends_with("}\n"));
+        prop_assert!(json.ends_with('\n'));
         prop_assert_eq!(&Manifest::from_json(json.as_bytes()).expect("its own output"), &manifest);
     }
 }

@@ -220,7 +220,7 @@ proptest! {
     #[test]
     fn a_policy_is_read_as_it_was_written(policy in policies()) {
         let json = policy.to_json();
-        prop_assert!(json.ends_with("}\n"));
+        prop_assert!(json.ends_with('\n'));
         prop_assert_eq!(&Policy::from_json(json.as_bytes()).expect("its own output"), &policy);
     }
 

@@ -32,12 +32,7 @@ const LARGE_MODEL_BYTES: usize = 64 << 20;
 
 /// Runs the command that was asked for, and says on standard error why it could not.
 pub fn run(args: Args) -> ExitCode {
-    let done = match args.command {
-        Command::Split(split) => split::split(&split),
-        Command::Inspect(inspect) => inspect::inspect(&inspect),
-        Command::Show(show) => show::show(&show),
-    };
-    match done {
+    match dispatch(&args) {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever reads us has seen enough.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
@@ -45,6 +40,14 @@ pub fn run(args: Args) -> ExitCode {
             complain(&one_line(&error));
             ExitCode::from(EXIT_ERROR)
         }
+    }
+}
+
+fn dispatch(args: &Args) -> Result<()> {
+    match &args.command {
+        Command::Split(split) => split::split(split),
+        Command::Inspect(inspect) => inspect::inspect(inspect),
+        Command::Show(show) => show::show(show),
     }
 }
 
@@ -92,7 +95,10 @@ fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>> {
     };
     let bytes = read().with_context(|| format!("{}: read", path.display()))?;
     if bytes.len() as u64 > limit {
-        anyhow::bail!("{}: read: larger than the {limit} bytes such a file may have", path.display());
+        anyhow::bail!(
+            "{}: read: larger than the {limit} bytes such a file may have",
+            path.display()
+        );
     }
     Ok(bytes)
 }
@@ -143,3 +149,10 @@ fn blame(
     let file = policy.filter(|_| is_about_policy).unwrap_or(model);
     anyhow::Error::new(error).context(file.display().to_string())
 }
+
+#[cfg(test)]
+#[path = "../../compiler/tests/fixtures/mod.rs"]
+mod fixtures;
+
+#[cfg(test)]
+mod tests;

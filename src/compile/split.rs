@@ -48,7 +48,7 @@ pub(super) fn split(args: &Split) -> Result<()> {
     let nodes = split.shards.len();
     let shards = if nodes == 1 { "shard" } else { "shards" };
     let wrote = format!("wrote {nodes} {shards} and cluster.json to {}", dir.display());
-    let costs = show::costs(&split.manifest);
+    let costs = show::costs(&split.manifest) + &show::idle(&split.manifest);
     print(format_args!("{}\n\n{costs}\n{wrote}\n", table(&rows)))
 }
 
@@ -77,7 +77,15 @@ fn rows(split: &snn_compiler::Split) -> Vec<Row> {
 fn table(rows: &[Row]) -> String {
     let mut table = Table::new();
     table.load_style(comfy_table::presets::NOTHING);
-    table.set_header(["shard", "groups", "ops", "parameters", "MFLOPs", "bytes sent", "bytes received"]);
+    table.set_header([
+        "shard",
+        "groups",
+        "ops",
+        "parameters",
+        "MFLOPs",
+        "bytes sent",
+        "bytes received",
+    ]);
     for row in rows {
         let groups: Vec<String> = row.groups.iter().map(|group| format!("g{group}")).collect();
         table.add_row([

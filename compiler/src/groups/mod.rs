@@ -93,23 +93,30 @@ fn find_exactly(graph: &Graph, count: usize) -> Result<Groups, CompileError> {
     let layouts = find::find(graph, count)?;
     let blocks = blocks::blocks(graph, &layouts, count);
     if blocks.is_empty() {
-        return Err(CompileError::NoGroups);
+        return Err(CompileError::NoGroups { groups: Some(count) });
     }
     Ok(Groups { count, layouts, blocks })
 }
 
-/// The largest number of groups that stay apart. Where none do, the error of the smallest number is
-/// the one to show: an op that mixes two groups mixes any more.
+/// The largest number of groups that stay apart. Where none do, the error to show is of the number
+/// whose groups stay apart longest, and of the largest among equals: that is what was meant.
 fn find_most(graph: &Graph) -> Result<Groups, CompileError> {
-    let mut result = Err(CompileError::NoGroups);
+    let order = graph.order();
+    let place = |name: &str| order.iter().position(|&op| graph.op_name(op) == name);
+    let mut furthest: Option<(Option<usize>, CompileError)> = None;
     for count in (2..=MAX_GROUPS).rev() {
-        match (find_exactly(graph, count), &result) {
-            (Ok(groups), _) => return Ok(groups),
-            (Err(error @ CompileError::Mixes { .. }), _) => result = Err(error),
-            _ => {}
+        let error = match find_exactly(graph, count) {
+            Ok(groups) => return Ok(groups),
+            Err(error) => error,
+        };
+        if let CompileError::Mixes { op, .. } = &error {
+            let reached = place(op);
+            if furthest.as_ref().is_none_or(|(before, _)| reached > *before) {
+                furthest = Some((reached, error));
+            }
         }
     }
-    result
+    Err(furthest.map_or(CompileError::NoGroups { groups: None }, |(_, error)| error))
 }
 
 /// Gives every op to a group.

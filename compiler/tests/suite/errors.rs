@@ -226,9 +226,10 @@ fn a_model_that_mixes_its_groups() {
         )),
         r#"groups: op "stage1.1/conv1/conv:Conv" mixes all 4 groups (Conv, group=1)"#
     );
-    let message = refused(&mixing());
-    let op = r#"groups: op "stage1.1/conv1/conv:Conv" mixes all "#;
-    assert!(message.starts_with(op), "{message}");
+    assert_eq!(
+        refused(&mixing()),
+        r#"groups: op "stage1.1/conv1/conv:Conv" mixes all 4 groups (Conv, group=1)"#
+    );
 }
 
 #[test]
@@ -238,9 +239,10 @@ fn a_head_that_gathers_maps() {
     let x = input.join("joined", 4).conv("a", layer, 4).activation("a/out", Activation::Relu);
     let x = x.op("Softmax", "softmax", &[], &[attr_int("axis", 1)], &[1, 16, 8, 8]);
     let x = x.conv("b", layer, 4);
-    let message = message(try_split(encode(&x.finish("y")), None, Nodes::PerGroup));
-    assert!(message.starts_with(r#"groups: op "softmax:Softmax" mixes all "#), "{message}");
-    assert!(message.ends_with(" groups (Softmax)"), "{message}");
+    assert_eq!(
+        refused(&x.finish("y")),
+        r#"groups: op "softmax:Softmax" mixes all 4 groups (Softmax)"#
+    );
 }
 
 #[test]
@@ -253,13 +255,13 @@ fn a_model_without_groups() {
     let model = plain.model(style("burn"));
     assert_eq!(
         refused(&model),
-        "groups: no op of the model works on independent groups of channels"
+        "groups: no op of the model works on 2 to 8 independent groups of channels"
     );
     // One node takes it all the same, but not with a policy.
     assert!(try_split(encode(&model), None, Nodes::Even(1)).is_ok());
     assert_eq!(
         message(try_split(encode(&model), Some(&policy(&net(), 2, Dtype::F32, 1)), Nodes::Even(1))),
-        "policy: given for a model without groups: groups: no op of the model works on independent groups of channels"
+        "policy: given for a model without groups: groups: no op of the model works on 4 independent groups of channels"
     );
 }
 
@@ -296,6 +298,18 @@ fn an_op_that_holds_a_graph() {
         message,
         r#"groups: op "choice" (If) holds a graph of its own, which cannot be split"#
     );
+}
+
+#[test]
+fn a_number_of_groups_the_model_does_not_have() {
+    let source = Source::from_bytes(net().onnx(style("burn")).into()).expect("a model");
+    let model = read(&source, None).expect("a readable model");
+    assert_eq!(
+        message(groups::find(&model, Some(3))),
+        "groups: no op of the model works on 3 independent groups of channels"
+    );
+    // Half of four groups each: a coarser view of the same model.
+    assert_eq!(groups::find(&model, Some(2)).expect("two halves").count, 2);
 }
 
 #[test]
