@@ -11,7 +11,7 @@ use snn_schemas::{Dtype, Levels, MAX_GROUPS, Policy};
 use crate::error::TrainError;
 
 /// Stages of the trunk, each but the first halving height and width (Table 1).
-pub const STAGES: usize = 3;
+pub(crate) const STAGES: usize = 3;
 
 /// All settings of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -234,15 +234,15 @@ pub struct FitConfig {
 impl Default for FitConfig {
     fn default() -> FitConfig {
         FitConfig {
-            epochs: 200,           // section 4.2, for all its networks
-            batch: 128,            // section 4.2
+            epochs: 200,                                   // section 4.2, for all its networks
+            batch: 128,                                    // section 4.2
             policies_per_batch: 1, // unstated; ENAS, whose method this is, uses 1
             lr: 0.1,               // section 4.2
             decay: Decay::Step { every: 50, factor: 0.1 }, // section 4.2
             momentum: 0.9,         // unstated; the usual with this schedule
             weight_decay: 5e-4,    // unstated; ResNeXt's on CIFAR
             shift: 4,              // unstated; the usual on CIFAR beside AutoAugment
-            calibration: 2048,     // enough for the statistics of a channel, and a fraction of an epoch
+            calibration: 2048, // enough for the statistics of a channel, and a fraction of an epoch
         }
     }
 }
@@ -398,7 +398,13 @@ impl Config {
         let many = f64::from(u32::MAX);
         within("data.validation", self.data.validation, 0.001, 0.9, "0.001 to 0.9")?;
         within("train.batch", self.train.batch as f64, 2.0, many, "at least 2")?;
-        within("train.policies_per_batch", self.train.policies_per_batch as f64, 1.0, many, "at least 1")?;
+        within(
+            "train.policies_per_batch",
+            self.train.policies_per_batch as f64,
+            1.0,
+            many,
+            "at least 1",
+        )?;
         within("train.lr", self.train.lr, f64::MIN_POSITIVE, 100.0, "above 0")?;
         within("train.momentum", self.train.momentum, 0.0, 0.9999, "0 to 0.9999")?;
         within("train.weight_decay", self.train.weight_decay, 0.0, 1.0, "0 to 1")?;
@@ -407,7 +413,13 @@ impl Config {
         within("train.calibration", self.train.calibration as f64, 2.0, many, "at least 2")?;
         within("search.rounds", self.search.rounds as f64, 1.0, many, "at least 1")?;
         within("search.cells", self.search.cells as f64, 1.0, 10_000.0, "1 to 10000")?;
-        within("search.policies_per_step", self.search.policies_per_step as f64, 1.0, many, "at least 1")?;
+        within(
+            "search.policies_per_step",
+            self.search.policies_per_step as f64,
+            1.0,
+            many,
+            "at least 1",
+        )?;
         within("search.lr", self.search.lr, f64::MIN_POSITIVE, 100.0, "above 0")?;
         within("search.entropy", self.search.entropy, 0.0, 100.0, "0 to 100")?;
         within("search.baseline_decay", self.search.baseline_decay, 0.0, 1.0, "0 to 1")?;
@@ -419,7 +431,13 @@ impl Config {
     fn check_exchange(&self) -> Result<(), ConfigError> {
         let ExchangeConfig { staleness, levels, .. } = self.exchange;
         let blocks = self.net.blocks();
-        within("exchange.staleness", staleness as f64, 1.0, blocks as f64, "1 to the number of blocks")?;
+        within(
+            "exchange.staleness",
+            staleness as f64,
+            1.0,
+            blocks as f64,
+            "1 to the number of blocks",
+        )?;
         within("exchange.levels.count", levels.count as f64, 1.0, 4096.0, "1 to 4096")?;
         within("exchange.levels.min_percent", levels.min_percent, 0.0, 100.0, "0 to 100")?;
         let silent = Policy::silent(self.net.groups, staleness, self.steps());

@@ -10,8 +10,9 @@
 use burn::module::{Module, Param};
 use burn::nn::{Embedding, Linear};
 use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer};
+use burn::store::RecordError;
 use burn::tensor::activation::{log_softmax, sigmoid, tanh};
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Bytes, Device, Int, Tensor, TensorData};
 use rand::RngExt;
 use snn_schemas::{Decision, Policy, Step};
 
@@ -72,9 +73,8 @@ impl Controller {
             let draw = (0..rows * columns).map(|_| rng.random_range(-START..START));
             TensorData::new(draw.collect::<Vec<f32>>(), [rows, columns])
         };
-        let zeros = |count: usize| {
-            Param::from_data(TensorData::new(vec![0.0_f32; count], [count]), device)
-        };
+        let zeros =
+            |count: usize| Param::from_data(TensorData::new(vec![0.0_f32; count], [count]), device);
         Controller {
             // One row an output, and one for "nothing yet".
             embedding: Embedding { weight: Param::from_data(matrix(outputs + 1, cells), device) },
@@ -135,10 +135,12 @@ impl Controller {
     /// The choices of one step: a destination for every group but the last, then a level.
     fn choices(&self) -> impl Iterator<Item = Choice> + use<> {
         let (groups, levels) = (self.groups, self.levels);
-        let destinations = (0..groups - 1)
-            .map(move |group| Choice { first: group * groups, options: groups, destination: true });
-        let level =
-            Choice { first: groups * (groups - 1), options: levels, destination: false };
+        let destinations = (0..groups - 1).map(move |group| Choice {
+            first: group * groups,
+            options: groups,
+            destination: true,
+        });
+        let level = Choice { first: groups * (groups - 1), options: levels, destination: false };
         destinations.chain((levels > 1).then_some(level))
     }
 
@@ -229,6 +231,7 @@ pub(crate) fn random_policies(config: &Config, count: usize, rng: &mut Rng) -> V
 }
 
 /// The controller in training: REINFORCE with a moving baseline and an entropy bonus.
+#[derive(Clone)]
 pub struct Reinforce {
     /// The controller as it is now.
     pub controller: Controller,
@@ -242,6 +245,24 @@ impl Reinforce {
     pub fn new(controller: Controller, settings: &SearchConfig) -> Reinforce {
         let optimiser = AdamConfig::new().init();
         Reinforce { controller, optimiser, baseline: None, settings: settings.clone() }
+    }
+
+    /// The moving baseline and the optimiser's state, for a checkpoint.
+    pub(crate) fn memory(&self) -> Result<(Option<f64>, Vec<u8>), TrainError> {
+        let bytes =
+            self.optimiser.into_bytes().map_err(|error| TrainError::Tensor(error.to_string()))?;
+        Ok((self.baseline, bytes.to_vec()))
+    }
+
+    /// Puts back what [`Reinforce::memory`] gave.
+    pub(crate) fn remember(
+        mut self,
+        baseline: Option<f64>,
+        optimiser: Vec<u8>,
+    ) -> Result<Reinforce, RecordError> {
+        self.optimiser = self.optimiser.from_bytes(Bytes::from_bytes_vec(optimiser))?;
+        self.baseline = baseline;
+        Ok(self)
     }
 
     /// One step: raises the probability of policies whose reward is above the moving baseline.
@@ -285,7 +306,7 @@ mod tests {
     fn every_decision_is_sampled_and_probabilities_sum_to_one() {
         let config = config(3, false);
         let controller = Controller::new(&config, &device()).valid();
-        let rollout = controller.sample(600, &mut rng(1, "test", 0)).unwrap();
+        let rollout = controller.sample(4000, &mut rng(1, "test", 0)).unwrap();
         let log_p: Vec<f32> = rollout.log_probability.try_into_vec_as().unwrap();
         let mut seen = BTreeMap::new();
         for (steps, log_p) in rollout.steps.iter().zip(log_p) {
@@ -329,7 +350,7 @@ mod tests {
     #[test]
     fn reinforce_finds_the_policy_that_pays() {
         let mut config = config(4, true);
-        config.search = SearchConfig { lr: 0.01, baseline_decay: 0.9, ..config.search };
+        config.search = SearchConfig { lr: 0.005, entropy: 0.02, ..config.search };
         let best = [(7, 4), (12, 8), (23, 0)];
         let reward = |steps: &Vec<Step>| {
             let hit = |(step, (id, level)): (&Step, (usize, usize))| {
@@ -342,7 +363,7 @@ mod tests {
         };
         let mut rng = rng(1, "test", 0);
         let mut reinforce = Reinforce::new(Controller::new(&config, &device()), &config.search);
-        for _ in 0..250 {
+        for _ in 0..600 {
             let rollout = reinforce.controller.sample(8, &mut rng).unwrap();
             let rewards: Vec<f64> = rollout.steps.iter().map(reward).collect();
             reinforce = reinforce.learn(rollout, &rewards);

@@ -88,8 +88,8 @@ impl Dataset {
     ) -> (Tensor<4>, Tensor<1, Int>) {
         let mut pixels = Vec::with_capacity(indices.len() * self.shape.iter().product::<usize>());
         for &index in indices {
-            let rows = rng.random_range(-(shift as isize)..=shift as isize);
-            let columns = rng.random_range(-(shift as isize)..=shift as isize);
+            let most = shift as i64;
+            let [rows, columns] = [(); 2].map(|()| rng.random_range(-most..=most) as isize);
             self.push_moved(index, rows, columns, &mut pixels);
         }
         self.tensors(pixels, indices, device)

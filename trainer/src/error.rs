@@ -41,6 +41,23 @@ pub enum TrainError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The folder of a new run already holds one.
+    #[error("{}: holds a run already; --resume goes on with it", path.display())]
+    Occupied {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A run was begun with other settings.
+    #[error("{}: was begun with another [{section}]", path.display())]
+    Other {
+        /// The run folder.
+        path: PathBuf,
+        /// The settings that differ.
+        section: &'static str,
+    },
+    /// An ONNX file is not the network that the settings describe.
+    #[error("model: {0}")]
+    Model(String),
     /// A stage needs what an earlier stage leaves behind.
     #[error("{stage}: {} has no {missing}; run \"{before}\" first", path.display())]
     Order {
@@ -72,6 +89,9 @@ pub enum TrainError {
     /// The exported bytes could not be read back to add the metadata.
     #[error("export: {0}")]
     Onnx(#[from] snn_schemas::onnx::OnnxError),
+    /// The report could not be drawn.
+    #[error("report: {0}")]
+    Report(String),
     /// A result could not be written as JSON.
     #[error("json: {0}")]
     Json(#[from] serde_json::Error),

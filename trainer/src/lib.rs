@@ -1,1 +1,40 @@
-//! Placeholder.
+//! Trains separable networks, searches what their groups should tell one another, exports ONNX.
+//!
+//! Takes a [`Config`] and images, and leaves in a run folder a plain separable network
+//! (`model.onnx`, which knows nothing of any exchange), the best policy found (`best.json`), and
+//! the record of how they came about. [`run`] does it all; [`train`], [`search`], [`finetune`] and
+//! [`export`] do one stage each, [`evaluate`] judges a finished run. Everything but the time it
+//! takes depends on the settings and the seed alone, also when a run is stopped and resumed.
+//! The library prints nothing: it reports to a [`Progress`].
+
+mod checkpoint;
+mod config;
+mod controller;
+mod data;
+mod error;
+mod exchange;
+mod export;
+mod fit;
+mod judge;
+mod metrics;
+mod net;
+mod progress;
+mod report;
+mod run;
+mod search;
+mod seed;
+mod state;
+
+pub use config::{
+    Config, ConfigError, DataConfig, DatasetName, Decay, ExchangeConfig, FinetuneConfig, FitConfig,
+    NetConfig, SearchConfig,
+};
+pub use controller::{Controller, Reinforce, Rollout};
+pub use data::{Data, Dataset};
+pub use error::TrainError;
+pub use export::{read_network, write_onnx};
+pub use judge::{Score, classify};
+pub use net::{Network, Stats};
+pub use progress::{Progress, Report, Stage};
+pub use run::{Judged, Outcome, evaluate, export, finetune, run, search, train};
+pub use state::Candidate;

@@ -104,6 +104,21 @@ impl Network {
         count.total
     }
 
+    /// Where the weights lie.
+    pub(crate) fn device(&self) -> Device {
+        self.classifier.weight.device()
+    }
+
+    /// A copy without gradients. Unlike a clone it has batch-norm statistics of its own.
+    pub fn inference(&self) -> Network {
+        self.valid()
+    }
+
+    /// A copy to go on training, with batch-norm statistics of its own.
+    pub(crate) fn copy(&self) -> Network {
+        self.valid().train()
+    }
+
     fn logits(&self, images: Tensor<4>, policy: Option<&Policy>, stats: Stats) -> Tensor<2> {
         let stem = relu(self.conv0.forward(images, stats)); // [batch, stem, h, w]
         let copies = match self.groups {

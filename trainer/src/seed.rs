@@ -14,9 +14,9 @@ pub(crate) type Rng = Xoshiro256PlusPlus;
 pub(crate) fn rng(seed: u64, purpose: &str, number: usize) -> Rng {
     // FNV-1a: spreads a few bytes well, and stays the same everywhere.
     let start = 0xcbf2_9ce4_8422_2325_u64;
-    let bytes = seed.to_le_bytes().into_iter().chain(purpose.bytes()).chain((number as u64).to_le_bytes());
-    let hash = bytes.fold(start, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
+    let bytes =
+        seed.to_le_bytes().into_iter().chain(purpose.bytes()).chain((number as u64).to_le_bytes());
+    let hash =
+        bytes.fold(start, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
     Rng::seed_from_u64(hash)
 }

@@ -1,0 +1,141 @@
+//! The network as ONNX, and back.
+//!
+//! [`write_onnx`] takes a trained network and gives the bytes of a plain ONNX model: the separable
+//! network without any exchange, batch 1, its normalisation and class names in the metadata.
+//! [`read_network`] takes such a file and gives the network again, to the bit: exported weights are
+//! named by their place in the network.
+
+use std::collections::HashMap;
+
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{Tensor, TensorData};
+use burn_onnx::export::OnnxExporter;
+use bytes::Bytes;
+use snn_schemas::metadata::CLASSES;
+use snn_schemas::onnx::{self, GraphProto, TensorProto};
+
+use crate::config::Config;
+use crate::data::Data;
+use crate::error::TrainError;
+use crate::judge::host;
+use crate::net::Network;
+
+/// Name of the exported model's input.
+const INPUT: &str = "image";
+/// Name of its output.
+const OUTPUT: &str = "logits";
+
+/// The ONNX model of `network`, for images `[1, channels, h, w]` of `data`.
+///
+/// # Errors
+/// The exporter meets an operation it does not know.
+pub fn write_onnx(network: &Network, data: &Data) -> Result<Vec<u8>, TrainError> {
+    let device = host();
+    let network = network.inference().to_device(&device);
+    let [channels, height, width] = data.test.shape();
+    let sample = Tensor::<4>::zeros([1, channels, height, width], &device);
+    let exported = OnnxExporter::new().export(&network, sample, Network::forward)?;
+    let mut model = onnx::decode(Bytes::from(exported.into_bytes()))?;
+    if let Some(graph) = &mut model.graph {
+        rename(graph);
+    }
+    for (key, value) in data.normalisation.entries() {
+        model.set_metadata(&key, &value);
+    }
+    model.set_metadata(CLASSES, &data.classes.join(","));
+    Ok(onnx::encode(&model))
+}
+
+/// Names ops and tensors after their place in the network: `image`, `blocks.0.reduce.conv`,
+/// `relu_14`, `logits`. The exporter numbers tensors through the life of the process, so that the
+/// same network would give other bytes the second time.
+fn rename(graph: &mut GraphProto) {
+    let mut names = HashMap::new();
+    for input in &mut graph.input {
+        names.insert(input.name().to_owned(), INPUT.to_owned());
+        input.name = Some(INPUT.to_owned());
+    }
+    let last = graph.output.first().map(|output| output.name().to_owned());
+    for (index, node) in graph.node.iter_mut().enumerate() {
+        let weight = node.input.iter().find(|input| input.contains('.')); // a module's path
+        let module = weight.and_then(|path| path.rsplit_once('.')).map(|(module, _)| module);
+        let kind = node.op_type().to_lowercase();
+        let name = match module {
+            // The classifier's bias is reshaped before it is added.
+            Some(module) if kind != "reshape" => module.to_owned(),
+            _ => format!("{kind}_{index}"),
+        };
+        for output in &mut node.output {
+            let is_last = last.as_deref() == Some(output);
+            let new = if is_last { OUTPUT.to_owned() } else { name.clone() };
+            names.insert(std::mem::replace(output, new.clone()), new);
+        }
+        for input in &mut node.input {
+            if let Some(new) = names.get(input) {
+                input.clone_from(new);
+            }
+        }
+        node.name = Some(name);
+    }
+    for output in &mut graph.output {
+        output.name = Some(OUTPUT.to_owned());
+    }
+}
+
+/// The network that [`write_onnx`] wrote, without gradients.
+///
+/// # Errors
+/// The bytes are no ONNX model, or not that of the network that `config` describes.
+pub fn read_network(bytes: Vec<u8>, config: &Config) -> Result<Network, TrainError> {
+    let model = onnx::decode(Bytes::from(bytes))?;
+    let initializers = model.graph.into_iter().flat_map(|graph| graph.initializer);
+    let weights = initializers.map(|tensor| (tensor.name().to_owned(), tensor)).collect();
+    let mut fill = Fill { weights, path: Vec::new(), wrong: None };
+    let network = Network::new(&config.net, config.seed, &host()).map(&mut fill);
+    match fill.wrong {
+        Some(reason) => Err(TrainError::Model(reason)),
+        None => Ok(network),
+    }
+}
+
+/// Puts an ONNX file's weights into a network.
+struct Fill {
+    weights: HashMap<String, TensorProto>,
+    path: Vec<String>,
+    wrong: Option<String>,
+}
+
+impl Fill {
+    fn find(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, String> {
+        let weight = self.weights.get(name).ok_or(format!("it has no weight \"{name}\""))?;
+        let found: Vec<usize> = weight.dims.iter().map(|&size| size as usize).collect();
+        if found != shape {
+            return Err(format!("\"{name}\" is {found:?}, the settings make it {shape:?}"));
+        }
+        weight.to_f32().map_err(|error| format!("\"{name}\": {error}"))
+    }
+}
+
+impl ModuleMapper for Fill {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let name = self.path.join(".");
+        let (id, tensor, mapper) = param.consume();
+        let shape = tensor.dims();
+        let filled = match self.find(&name, &shape) {
+            Ok(values) => Tensor::from_data(TensorData::new(values, shape), &tensor.device()),
+            Err(reason) => {
+                self.wrong.get_or_insert(reason);
+                tensor
+            }
+        };
+        Param::from_mapped_value(id, filled, mapper)
+    }
+}

@@ -1,0 +1,174 @@
+//! Whole runs of a very small network: what they leave behind, what a stop changes, what is refused.
+
+use std::path::Path;
+
+use snn_schemas::{Policy, onnx};
+use snn_trainer::{
+    Candidate, Config, Data, Report, Stage, TrainError, classify, evaluate, read_network,
+};
+
+/// Seconds rather than a minute; accuracy is of no interest here.
+fn tiny() -> Config {
+    let mut config = Config::digits();
+    config.net.trunk_width = 4;
+    config.net.path_width = 2;
+    config.net.stem_channels = 4;
+    config.train.epochs = 4;
+    config.train.calibration = 128;
+    config.search.steps = 4;
+    config.search.samples = 3;
+    config.search.cells = 8;
+    config.finetune.epochs = 2;
+    config
+}
+
+fn read(folder: &Path, name: &str) -> Vec<u8> {
+    std::fs::read(folder.join(name)).unwrap()
+}
+
+/// The lines of `metrics.jsonl` without the time they took.
+fn metrics(folder: &Path) -> Vec<serde_json::Value> {
+    let text = String::from_utf8(read(folder, "metrics.jsonl")).unwrap();
+    let strip = |line: &str| {
+        let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
+        line.as_object_mut().unwrap().remove("seconds");
+        line
+    };
+    text.lines().map(strip).collect()
+}
+
+#[test]
+fn a_run_leaves_a_model_whose_predictions_are_those_of_training() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let config = tiny();
+    let mut stages = Vec::new();
+    let mut listen = |report: &Report| stages.push(report.stage);
+    let outcome = snn_trainer::run(&config, None, &out, false, &mut listen).unwrap();
+    stages.dedup();
+    let round = [Stage::Train, Stage::Search, Stage::Select];
+    let end = [Stage::Baseline, Stage::Finetune, Stage::Test, Stage::Export];
+    assert_eq!(stages, [&round[..], &round, &end].concat());
+    for name in [
+        "model.onnx",
+        "best.json",
+        "config.toml",
+        "metrics.jsonl",
+        "report.html",
+        "checkpoints/last.ckpt",
+        "checkpoints/best.ckpt",
+    ] {
+        assert!(out.join(name).is_file(), "{name}");
+    }
+
+    let data = Data::load(&config, None).unwrap();
+    let searched = &outcome.candidates[&Candidate::Searched];
+    let policy = Policy::from_json(&read(&out, "best.json")).unwrap();
+    assert_eq!(policy.steps, searched.policy.steps);
+    let provenance = policy.provenance.clone().unwrap();
+    assert_eq!(provenance["seed"], 1);
+    assert_eq!(provenance["accuracy"]["searched"]["test"], searched.test.accuracy());
+
+    let exported = read_network(read(&out, "model.onnx"), &config).unwrap();
+    let trained = classify(&outcome.network, &searched.policy, &data.test).unwrap();
+    assert_eq!(classify(&exported, &policy, &data.test).unwrap(), trained);
+    let right = trained.iter().zip(data.test.labels()).filter(|(told, label)| told == label);
+    assert_eq!(right.count(), searched.test.correct);
+    assert_eq!(evaluate(&out, None).unwrap(), searched.test);
+
+    let model = onnx::decode(read(&out, "model.onnx").into()).unwrap();
+    assert_eq!(model.metadata("snn.classes"), Some("0,1,2,3,4,5,6,7,8,9"));
+    assert_eq!(model.metadata("snn.mean"), Some(data.normalisation.mean[0].to_string().as_str()));
+    let input = &model.graph.as_ref().unwrap().input;
+    assert_eq!(input.len(), 1);
+    assert_eq!(input[0].shape().unwrap(), [1, 1, 8, 8].map(Some));
+
+    let page = String::from_utf8(read(&out, "report.html")).unwrap();
+    assert!(page.contains("Stage 1: loss") && page.contains("<td>searched</td>"));
+    assert!(!page.contains("http://") || page.matches("http://").all(|found| found.len() == 7));
+}
+
+#[test]
+fn a_run_that_was_stopped_ends_as_one_that_was_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let [whole, parts] = ["whole", "parts"].map(|name| folder.path().join(name));
+    let config = tiny();
+    snn_trainer::run(&config, None, &whole, false, &mut ()).unwrap();
+    // Stopped in the middle of something, again and again: in an epoch, between steps, while
+    // choosing. What lies on the disk is then all that is left.
+    for stop in [2, 4, 7, 12, 12, 12] {
+        let begun = parts.exists();
+        let stopped = std::panic::catch_unwind(|| {
+            let mut told = 0;
+            let mut listen = |_: &Report| {
+                told += 1;
+                if told == stop {
+                    std::panic::resume_unwind(Box::new("stopped"));
+                }
+            };
+            snn_trainer::run(&config, None, &parts, begun, &mut listen)
+        });
+        assert!(stopped.is_err(), "stop {stop} came after the end");
+    }
+    snn_trainer::run(&config, None, &parts, true, &mut ()).unwrap();
+    assert_eq!(metrics(&whole), metrics(&parts));
+    for name in ["model.onnx", "best.json", "config.toml", "report.html"] {
+        assert!(read(&whole, name) == read(&parts, name), "{name} differs");
+    }
+}
+
+#[test]
+fn stages_one_by_one_and_out_of_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path();
+    let config = tiny();
+    let sentence = |result: Result<(), TrainError>| result.unwrap_err().to_string();
+    let early = sentence(snn_trainer::search(&config, None, out, &mut ()));
+    assert!(early.ends_with("has no trained weights; run \"train\" first"), "{early}");
+    snn_trainer::train(&config, None, out, false, &mut ()).unwrap();
+    let early = sentence(snn_trainer::finetune(&config, None, out, &mut ()));
+    assert!(early.ends_with("has no chosen policy; run \"search\" first"), "{early}");
+    snn_trainer::search(&config, None, out, &mut ()).unwrap();
+    let early = snn_trainer::export(&config, None, out, &mut ()).unwrap_err().to_string();
+    assert!(early.ends_with("has no fine-tuned weights; run \"finetune\" first"), "{early}");
+    snn_trainer::finetune(&config, None, out, &mut ()).unwrap();
+    let outcome = snn_trainer::export(&config, None, out, &mut ()).unwrap();
+    assert_eq!(outcome.candidates.len(), 3);
+    assert!(outcome.model.is_file());
+}
+
+#[test]
+fn an_ordinary_network_has_nothing_to_search() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = tiny();
+    config.net.groups = 1;
+    config.search.rounds = 1;
+    let outcome = snn_trainer::run(&config, None, folder.path(), false, &mut ()).unwrap();
+    assert_eq!(outcome.candidates.keys().collect::<Vec<_>>(), [&Candidate::Silent]);
+    assert_eq!(outcome.policy, None);
+    assert_eq!(evaluate(folder.path(), None).unwrap(), outcome.candidates[&Candidate::Silent].test);
+}
+
+#[test]
+fn a_folder_in_use_and_other_settings_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path();
+    let config = tiny();
+    snn_trainer::train(&config, None, out, false, &mut ()).unwrap();
+    let again = snn_trainer::train(&config, None, out, false, &mut ()).unwrap_err().to_string();
+    assert!(again.ends_with("holds a run already; --resume goes on with it"), "{again}");
+    let mut other = config.clone();
+    other.train.lr = 0.05;
+    let refused = snn_trainer::train(&other, None, out, true, &mut ()).unwrap_err().to_string();
+    assert!(refused.ends_with("was begun with another [train]"), "{refused}");
+    // What has not begun may still be changed.
+    let mut other = config.clone();
+    other.search.steps = 2;
+    snn_trainer::search(&other, None, out, &mut ()).unwrap();
+
+    let checkpoint = out.join("checkpoints/last.ckpt");
+    let bytes = std::fs::read(&checkpoint).unwrap();
+    std::fs::write(&checkpoint, &bytes[..bytes.len() / 2]).unwrap();
+    let cut = snn_trainer::search(&other, None, out, &mut ()).unwrap_err().to_string();
+    assert!(cut.ends_with("not a whole checkpoint of this version"), "{cut}");
+}
