@@ -321,10 +321,12 @@ impl Node {
         Err(InferError::NotEntry { entry })
     }
 
-    /// Ends the node: requests at hand end with an error, and the compute thread with its segment.
+    /// Ends the node: requests at hand end with an error, the compute thread with its segment, and
+    /// the transport is let go.
     pub async fn shutdown(mut self) {
         self.core.mailbox.close();
         lock(&self.core.asked).clear();
+        self.senders.shutdown().await;
         if let Some(compute) = self.compute.take() {
             // A panic of the thread has been reported by its hook; there is nothing left to end.
             let _ = tokio::task::spawn_blocking(move || compute.join()).await;

@@ -22,6 +22,8 @@ use snn_schemas::policy::MAX_POLICY_BYTES;
 
 use args::{Args, Command};
 
+pub use output::write;
+
 /// Something went wrong.
 pub const EXIT_ERROR: u8 = 2;
 

@@ -16,7 +16,10 @@ use snn_schemas::manifest::MANIFEST_FILE;
 use super::show::read_manifest;
 
 /// Writes the shards and the manifest of `split` to the folder `dir`.
-pub(super) fn write(split: &Split, dir: &Path) -> Result<()> {
+///
+/// # Errors
+/// What stands in the way; nothing is written then.
+pub fn write(split: &Split, dir: &Path) -> Result<()> {
     let earlier = earlier(dir)?;
     let staging = Staging::beside(dir)?;
     let mut manifest = split.manifest.clone();

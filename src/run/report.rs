@@ -21,7 +21,7 @@ use super::local::{LocalCluster, LocalOptions};
 use super::serve;
 
 /// Largest difference that `--check` takes for the same answer.
-pub const TOLERANCE: f32 = 1e-4;
+const TOLERANCE: f32 = 1e-4;
 /// Seed of the input that is used when none is given.
 const NOISE_SEED: u64 = 1;
 

@@ -1,0 +1,103 @@
+//! However a net is spread over nodes, its answer is that of the exchange rule.
+
+use std::path::PathBuf;
+
+use snn::run::local::{LocalCluster, LocalOptions};
+use snn_compiler::Nodes;
+use snn_schemas::Dtype;
+
+use crate::cluster::Cluster;
+use crate::fixtures::{Net, chain, residual};
+use crate::{array, assert_close, folder, image, policy, reference, ring, split};
+
+/// Images a case is tried on.
+const IMAGES: usize = 3;
+
+async fn check(net: &Net, staleness: usize, dtype: Dtype) {
+    let policy = policy(net, staleness, dtype, 3 * net.groups + staleness);
+    for nodes in (1..=net.groups).map(Nodes::Even) {
+        let what = format!("G = {}, α = {staleness}, {dtype}, {nodes:?}", net.groups);
+        let cluster = Cluster::start(&split(net, Some(&policy), nodes)).await;
+        for seed in 0..IMAGES {
+            let input = image(net, seed);
+            let expected = reference::logits(net, Some(&policy), input.data());
+            assert_close(&cluster.logits(input).await, &expected, &what);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_computes_the_exchange_rule() {
+    for groups in [2, 3, 4] {
+        for (staleness, dtype) in
+            [(1, Dtype::F16), (2, Dtype::F32), (2, Dtype::F16), (4, Dtype::F16)]
+        {
+            check(&residual(groups, &[4, 4], 8), staleness, dtype).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn eight_groups_compute_the_exchange_rule() {
+    check(&residual(8, &[4], 8), 1, Dtype::F32).await;
+    check(&residual(8, &[4], 8), 4, Dtype::F16).await;
+    check(&residual(8, &[2, 2], 8), 2, Dtype::F16).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chain_computes_the_exchange_rule() {
+    check(&chain(4, 6), 2, Dtype::F16).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_in_flight_at_once_do_not_mix() {
+    let net = residual(4, &[4, 4], 8);
+    let policy = policy(&net, 2, Dtype::F16, 9);
+    let cluster = Cluster::start(&split(&net, Some(&policy), Nodes::PerGroup)).await;
+    let cluster = std::sync::Arc::new(cluster);
+    let mut asked = tokio::task::JoinSet::new();
+    for seed in 0..40 {
+        let (cluster, input) = (cluster.clone(), image(&net, seed));
+        asked.spawn(async move { (seed, cluster.logits(input).await) });
+    }
+    while let Some(answer) = asked.join_next().await {
+        let (seed, logits) = answer.unwrap();
+        let expected = reference::logits(&net, Some(&policy), image(&net, seed).data());
+        assert_close(&logits, &expected, &format!("image {seed}"));
+    }
+}
+
+/// `snn-run` becomes the nodes.
+pub(crate) fn options() -> LocalOptions {
+    let executable = Some(PathBuf::from(env!("CARGO_BIN_EXE_snn-run")));
+    LocalOptions { executable, ..LocalOptions::default() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn processes_compute_the_exchange_rule_and_send_what_the_manifest_says() {
+    for (net, staleness, nodes) in [
+        (residual(4, &[4, 4], 8), 2, Nodes::PerGroup),
+        (residual(3, &[4], 8), 1, Nodes::Even(2)),
+        (residual(2, &[2, 2], 8), 2, Nodes::Even(1)),
+    ] {
+        let policy = ring(&net, staleness, Dtype::F16);
+        let manifest = split(&net, Some(&policy), nodes.clone()).manifest;
+        let folder = folder(&net, Some(&policy), nodes);
+        let cluster = LocalCluster::start(folder.path(), options()).await.unwrap();
+        for seed in 0..IMAGES {
+            let input = image(&net, seed);
+            let expected = reference::logits(&net, Some(&policy), input.data());
+            let output = cluster.infer(&[array(&input)]).await.unwrap().remove(0);
+            assert_close(&output.data, &expected, &format!("G = {}", net.groups));
+        }
+        for report in cluster.reports().await.unwrap() {
+            let (sent, _) = manifest.traffic(report.rank);
+            let planned = sent * IMAGES as u64;
+            let frames = manifest.transfers.iter().filter(|t| t.from == report.rank).count();
+            assert_eq!(report.frames_sent, (frames * IMAGES) as u64);
+            assert!(report.bytes_sent >= planned);
+            assert!(report.bytes_sent <= planned + 64 * report.frames_sent, "{report:?}");
+        }
+        cluster.stop().await.unwrap();
+    }
+}

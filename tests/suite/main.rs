@@ -1,0 +1,103 @@
+//! The whole tool, from a model to nodes that answer: in one process, and in real ones.
+//!
+//! One crate, so that the libraries are linked once. Models come from the compiler's `fixtures`, the
+//! truth from its `reference`, which knows nothing of graphs or nodes.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+#[path = "../../compiler/tests/fixtures/mod.rs"]
+mod fixtures;
+#[path = "../../compiler/tests/reference/mod.rs"]
+mod reference;
+
+mod cluster;
+
+mod commands;
+mod equality;
+mod faults;
+mod overlap;
+mod processes;
+
+use std::path::Path;
+
+use fixtures::{Net, style, values};
+use snn::run::input::Array;
+use snn_compiler::{Nodes, Options, PolicySource, Source, Split, compile};
+use snn_runtime::Tensor;
+use snn_schemas::policy::Step;
+use snn_schemas::{Decision, Dtype, Levels, Policy};
+
+/// Largest difference between two ways of computing one answer: the order of sums differs.
+const TOLERANCE: f32 = 1e-4;
+
+/// A policy of arbitrary decisions and levels that follow from `seed`.
+fn policy(net: &Net, staleness: usize, dtype: Dtype, seed: usize) -> Policy {
+    let groups = net.groups;
+    let levels = Levels::default();
+    let pick = |what: &str, step: usize, count: usize| {
+        let value = values(&format!("{what} {seed}.{step}"), 1)[0];
+        ((value + 1.0) / 2.0 * count as f32) as usize % count
+    };
+    let step = |step| Step {
+        decision: Decision::from_id(pick("decision", step, Decision::count(groups)), groups).unwrap(),
+        level: pick("level", step, levels.count),
+    };
+    let steps = (0..Policy::steps_for(net.blocks.len(), staleness)).map(step).collect();
+    Policy { groups, staleness, dtype, levels, steps, provenance: None }
+}
+
+/// A policy in which everybody sends everything on to the next group at each step.
+fn ring(net: &Net, staleness: usize, dtype: Dtype) -> Policy {
+    let groups = net.groups;
+    let send_to = (0..groups).map(|group| (group + 1) % groups).collect();
+    let levels = Levels::default();
+    let step = Step { decision: Decision::new(send_to).unwrap(), level: levels.full() };
+    let steps = vec![step; Policy::steps_for(net.blocks.len(), staleness)];
+    Policy { groups, staleness, dtype, levels, steps, provenance: None }
+}
+
+fn split(net: &Net, policy: Option<&Policy>, nodes: Nodes) -> Split {
+    let source = Source::from_bytes(net.onnx(style("burn")).into()).unwrap();
+    let options = Options { nodes, input_shape: None };
+    let policy = policy.map(|policy| PolicySource::from_bytes(policy.to_json().as_bytes()).unwrap());
+    compile(&source, policy.as_ref(), &options).unwrap()
+}
+
+/// A folder with the split of `net`, as `snnc split` writes it.
+fn folder(net: &Net, policy: Option<&Policy>, nodes: Nodes) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    write(&split(net, policy, nodes), folder.path());
+    folder
+}
+
+fn write(split: &Split, folder: &Path) {
+    for shard in &split.shards {
+        std::fs::write(folder.join(format!("shard_{}.onnx", shard.rank)), shard.to_bytes()).unwrap();
+    }
+    std::fs::write(folder.join("cluster.json"), split.manifest.to_json()).unwrap();
+}
+
+fn shape(net: &Net) -> Vec<usize> {
+    let [channels, height, width] = net.image;
+    vec![1, channels, height, width]
+}
+
+/// An input for `net`, different for each seed.
+fn image(net: &Net, seed: usize) -> Tensor {
+    Tensor::new(shape(net), fixtures::image(net, seed)).unwrap()
+}
+
+fn array(tensor: &Tensor) -> Array {
+    Array { shape: tensor.shape().to_vec(), data: tensor.data().to_vec() }
+}
+
+#[track_caller]
+fn assert_close(found: &[f32], expected: &[f32], what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (found, expected) in found.iter().zip(expected) {
+        let difference = (found - expected).abs();
+        assert!(difference <= TOLERANCE, "{what}: {found} for {expected}, off by {difference}");
+    }
+    // Two nets that give nothing but zeros would be equal too.
+    assert!(expected.iter().any(|value| value.abs() > 0.01), "{what}: {expected:?} tell nothing");
+}

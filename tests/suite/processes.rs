@@ -1,0 +1,218 @@
+//! Nodes as processes: what they say, how they end, and that none is left behind.
+
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use snn::run::local::LocalCluster;
+use snn_compiler::Nodes;
+use snn_schemas::Dtype;
+
+use crate::cluster::PATIENCE;
+use crate::equality::options;
+use crate::fixtures::{Net, residual};
+use crate::{array, folder, image, reference, ring};
+
+const SNN_RUN: &str = env!("CARGO_BIN_EXE_snn-run");
+
+fn net() -> Net {
+    residual(2, &[2, 2], 8)
+}
+
+fn is_running(pid: u32) -> bool {
+    // A process that nobody has waited for yet is a zombie: it has ended.
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().and_then(|rest| rest.trim().chars().next()).is_some_and(|s| s != 'Z')
+}
+
+fn kill(pid: u32, signal: &str) {
+    let done = Command::new("kill").args([signal, &pid.to_string()]).status().unwrap();
+    assert!(done.success());
+}
+
+#[track_caller]
+fn wait_until(what: &str, done: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Children of a process, from the kernel's own list.
+fn children(pid: u32) -> Vec<u32> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
+    let lists = tasks.filter_map(|task| {
+        std::fs::read_to_string(task.ok()?.path().join("children")).ok()
+    });
+    lists.flat_map(|list| list.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<_>>()).collect()
+}
+
+#[test]
+fn no_node_outlives_a_parent_that_is_killed() {
+    let net = net();
+    let folder = folder(&net, Some(&ring(&net, 2, Dtype::F16)), Nodes::PerGroup);
+    let mut parent = Command::new(SNN_RUN)
+        .arg("--local")
+        .arg(folder.path())
+        .args(["--repeat", "1000000"])
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_until("two nodes", || children(parent.id()).len() == 2);
+    let nodes = children(parent.id());
+    assert!(nodes.iter().all(|&pid| is_running(pid)));
+    parent.kill().unwrap();
+    parent.wait().unwrap();
+    wait_until("the nodes end", || !nodes.iter().any(|&pid| is_running(pid)));
+}
+
+#[test]
+fn an_interrupted_cluster_ends_with_one_line_and_without_orphans() {
+    let net = net();
+    let folder = folder(&net, Some(&ring(&net, 2, Dtype::F16)), Nodes::PerGroup);
+    let parent = Command::new(SNN_RUN)
+        .arg("--local")
+        .arg(folder.path())
+        .args(["--repeat", "1000000"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    wait_until("two nodes", || children(parent.id()).len() == 2);
+    let nodes = children(parent.id());
+    kill(parent.id(), "-TERM");
+    let output = parent.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(said, format!("snn-run: {}: interrupted\n", folder.path().display()));
+    assert_eq!(output.status.code(), Some(2));
+    wait_until("the nodes end", || !nodes.iter().any(|&pid| is_running(pid)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_killed_ends_the_request_and_nothing_else() {
+    let net = net();
+    let folder = folder(&net, Some(&ring(&net, 2, Dtype::F16)), Nodes::PerGroup);
+    let cluster = LocalCluster::start(folder.path(), options()).await.unwrap();
+    let input = array(&image(&net, 0));
+    cluster.infer(std::slice::from_ref(&input)).await.unwrap();
+    let nodes = cluster.process_ids();
+    kill(nodes[1], "-KILL");
+    let error = cluster.infer(&[input]).await.unwrap_err().to_string();
+    assert!(error.contains("shard_1.onnx: node: rank 1 ended unexpectedly (signal: 9"), "{error}");
+    drop(cluster);
+    wait_until("the nodes end", || !nodes.iter().any(|&pid| is_running(pid)));
+}
+
+/// A node started by hand, and the lines it says.
+struct NodeProcess {
+    process: Child,
+    lines: BufReader<std::process::ChildStderr>,
+}
+
+impl NodeProcess {
+    fn start(shard: &Path, arguments: &[&str]) -> NodeProcess {
+        let mut process = Command::new(SNN_RUN)
+            .arg(shard)
+            .args(arguments)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(process.stderr.take().unwrap());
+        NodeProcess { process, lines }
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.lines.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    }
+
+    fn address(&mut self) -> String {
+        self.line().strip_prefix("listening on tcp/").unwrap().to_owned()
+    }
+}
+
+impl Drop for NodeProcess {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[test]
+fn nodes_started_by_hand_find_each_other_answer_and_end_cleanly() {
+    let net = net();
+    let policy = ring(&net, 2, Dtype::F16);
+    let folder = folder(&net, Some(&policy), Nodes::PerGroup);
+    let mut first = NodeProcess::start(&folder.path().join("shard_0.onnx"), &[]);
+    let address = first.address();
+    assert_eq!(first.line(), "waiting for rank 1");
+    let second = folder.path().join("shard_1.onnx");
+    let mut second = NodeProcess::start(&second, &["--peer", &address]);
+    let second_address = second.address();
+    while second.line() != "ready" {}
+    assert_eq!(first.line(), "ready");
+
+    // Any node can be asked.
+    let input = folder.path().join("x.npy");
+    let output = folder.path().join("y.npy");
+    let x = array(&image(&net, 0));
+    snn::run::input::write_npy(&input, &x).unwrap();
+    for node in [&address, &second_address] {
+        let asked = Command::new(SNN_RUN)
+            .args(["infer", "--node", node])
+            .arg(&input)
+            .arg("--output")
+            .arg(&output)
+            .output()
+            .unwrap();
+        assert!(asked.status.success(), "{}", String::from_utf8_lossy(&asked.stderr));
+        let y = snn::run::input::read_npy(&output).unwrap();
+        crate::assert_close(&y.data, &reference::logits(&net, Some(&policy), &x.data), node);
+        std::fs::remove_file(&output).unwrap();
+    }
+
+    kill(second.process.id(), "-INT");
+    assert!(second.process.wait().unwrap().success());
+    assert_eq!(first.line(), "waiting for rank 1");
+    kill(first.process.id(), "-TERM");
+    assert!(first.process.wait().unwrap().success());
+    let mut rest = String::new();
+    first.lines.read_to_string(&mut rest).unwrap();
+    assert_eq!(rest, "");
+}
+
+#[test]
+fn a_node_of_another_split_is_refused_by_name() {
+    let net = net();
+    let ours = folder(&net, Some(&ring(&net, 2, Dtype::F16)), Nodes::PerGroup);
+    let theirs = folder(&net, Some(&ring(&net, 2, Dtype::F32)), Nodes::PerGroup);
+    let mut first = NodeProcess::start(&ours.path().join("shard_0.onnx"), &[]);
+    let address = first.address();
+    let foreign = theirs.path().join("shard_1.onnx");
+    let mut second = NodeProcess::start(&foreign, &["--peer", &address]);
+    assert_eq!(second.process.wait().unwrap().code(), Some(2));
+    let mut said = String::new();
+    second.lines.read_to_string(&mut said).unwrap();
+    let last = said.lines().last().unwrap();
+    let expected = format!("snn-run: {}: peers: rank 0 is of split ", foreign.display());
+    assert!(last.starts_with(&expected), "{said}");
+    // The other one refuses as well, for it was told to be in a cluster with that node.
+    assert_eq!(first.process.wait().unwrap().code(), Some(2));
+}
+
+#[test]
+fn a_node_gives_up_on_missing_peers_at_its_timeout() {
+    let net = net();
+    let folder = folder(&net, Some(&ring(&net, 2, Dtype::F16)), Nodes::PerGroup);
+    let shard = folder.path().join("shard_0.onnx");
+    let mut node = NodeProcess::start(&shard, &["--timeout", "0.3"]);
+    assert_eq!(node.process.wait().unwrap().code(), Some(2));
+    let mut said = String::new();
+    node.lines.read_to_string(&mut said).unwrap();
+    let expected =
+        format!("snn-run: {}: peers: rank 1 missing after 0.3 s", shard.display());
+    assert_eq!(said.lines().last(), Some(expected.as_str()));
+}
