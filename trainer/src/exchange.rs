@@ -8,6 +8,23 @@
 use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 use snn_schemas::{Dtype, Policy};
 
+use crate::kernels::{self, Routes};
+
+/// `base` plus what step `step` of `policy` brings to each group of what the groups sent.
+pub(crate) fn arrive(base: Tensor<4>, sent: Tensor<4>, policy: &Policy, step: usize) -> Tensor<4> {
+    if kernels::runs_on(&base.device()) {
+        let [_, channels, _, _] = base.dims();
+        return match Routes::new(policy, step, channels / policy.groups) {
+            Some(routes) => kernels::exchange(base, sent, routes),
+            None => base,
+        };
+    }
+    match received(sent, policy, step) {
+        Some(arrived) => base + arrived,
+        None => base,
+    }
+}
+
 /// What step `step` of `policy` brings to each group, or `None` if no group sends.
 ///
 /// `sent` is the un-exchanged output of the block after which the step is sent.

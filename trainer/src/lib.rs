@@ -16,6 +16,7 @@ mod exchange;
 mod export;
 mod fit;
 mod judge;
+mod kernels;
 mod metrics;
 mod net;
 mod progress;

@@ -17,7 +17,8 @@ use rand::RngExt;
 use snn_schemas::Policy;
 
 use crate::config::{NetConfig, STAGES};
-use crate::exchange::received;
+use crate::exchange::arrive;
+use crate::kernels::{self, ConvNormOptions};
 use crate::seed::{Rng, rng};
 
 /// Which statistics batch norm uses.
@@ -120,7 +121,7 @@ impl Network {
     }
 
     fn logits(&self, images: Tensor<4>, policy: Option<&Policy>, stats: Stats) -> Tensor<2> {
-        let stem = relu(self.conv0.forward(images, stats)); // [batch, stem, h, w]
+        let stem = self.conv0.forward(images, None, true, stats); // [batch, stem, h, w]
         let copies = match self.groups {
             1 => stem,
             groups => Tensor::cat(vec![stem; groups], 1), // [batch, G·stem, h, w]
@@ -139,18 +140,34 @@ impl Network {
     fn trunk(&self, mut x: Tensor<4>, policy: Option<&Policy>, stats: Stats) -> Tensor<4> {
         let mut travelling = None;
         for (index, block) in self.blocks.iter().enumerate() {
-            let mut sum = block.sum(x, stats); // x + T(x): [batch, G·out, h, w]
-            if let Some((policy, step)) = policy.and_then(|policy| step_at(policy, index)) {
-                if policy.sent_after(step) == index {
-                    travelling = received(relu(sum.clone()), policy, step); // D
+            let step = policy.and_then(|policy| step_at(policy, index));
+            let sends = step.filter(|(policy, step)| policy.sent_after(*step) == index);
+            let adds = step.filter(|(policy, step)| policy.added_in(*step) == index);
+            let (shortcut, y) = block.paths(x, stats);
+            let sum = |y, shortcut| block.expand.forward(y, Some(shortcut), false, stats);
+            x = match (adds, travelling.take()) {
+                // Sent and added in one block: the sum is needed before and after.
+                (Some((policy, step)), None) if sends.is_some() => {
+                    let sum = sum(y, shortcut); // [batch, G·out, h, w]
+                    relu(arrive(sum.clone(), relu(sum), policy, step))
                 }
-                if policy.added_in(step) == index
-                    && let Some(arrived) = travelling.take()
-                {
-                    sum = sum + arrived;
+                // While training the order of the additions does not matter, and this one is a pass
+                // over memory less.
+                (Some((policy, step)), Some(sent)) if stats == Stats::Batch => {
+                    let shortcut = arrive(shortcut, sent, policy, step);
+                    block.expand.forward(y, Some(shortcut), true, stats)
                 }
+                (Some((policy, step)), Some(sent)) => {
+                    relu(arrive(sum(y, shortcut), sent, policy, step))
+                }
+                (_, in_flight) => {
+                    travelling = in_flight;
+                    block.expand.forward(y, Some(shortcut), true, stats)
+                }
+            };
+            if sends.is_some() && adds.is_none() {
+                travelling = Some(x.clone());
             }
-            x = relu(sum);
         }
         x
     }
@@ -163,21 +180,45 @@ fn step_at(policy: &Policy, index: usize) -> Option<(&Policy, usize)> {
 }
 
 impl Block {
-    /// Shortcut plus residual, before the block's last ReLU.
-    fn sum(&self, x: Tensor<4>, stats: Stats) -> Tensor<4> {
+    /// The shortcut, and the residual path up to its last convolution.
+    fn paths(&self, x: Tensor<4>, stats: Stats) -> (Tensor<4>, Tensor<4>) {
         let shortcut = match &self.shortcut {
-            Some(shortcut) => shortcut.forward(x.clone(), stats),
+            Some(shortcut) => shortcut.forward(x.clone(), None, false, stats),
             None => x.clone(),
         };
-        let y = relu(self.reduce.forward(x, stats)); // [batch, C·d, h, w]
-        let y = relu(self.spatial.forward(y, stats)); // [batch, C·d, h / stride, w / stride]
-        shortcut + self.expand.forward(y, stats) // [batch, G·out, h / stride, w / stride]
+        let y = self.reduce.forward(x, None, true, stats); // [batch, C·d, h, w]
+        (shortcut, self.spatial.forward(y, None, true, stats)) // [batch, C·d, h / stride, w / stride]
     }
 }
 
 impl ConvNorm {
-    fn forward(&self, x: Tensor<4>, stats: Stats) -> Tensor<4> {
-        let x = self.conv.forward(x);
+    /// `norm(conv(x))`, plus `residual`, through a ReLU if `close`.
+    fn forward(
+        &self,
+        x: Tensor<4>,
+        residual: Option<Tensor<4>>,
+        close: bool,
+        stats: Stats,
+    ) -> Tensor<4> {
+        if stats == Stats::Batch && kernels::runs_on(&x.device()) {
+            let norm = [self.norm.gamma.val(), self.norm.beta.val()];
+            let options = ConvNormOptions {
+                groups: self.conv.groups,
+                stride: self.conv.stride[0],
+                epsilon: self.norm.epsilon,
+                relu: close,
+            };
+            return kernels::conv_norm(x, self.conv.weight.val(), norm, residual, options);
+        }
+        let y = self.normed(self.conv.forward(x), stats);
+        let y = match residual {
+            Some(residual) => residual + y,
+            None => y,
+        };
+        if close { relu(y) } else { y }
+    }
+
+    fn normed(&self, x: Tensor<4>, stats: Stats) -> Tensor<4> {
         let (gamma, beta) = (self.norm.gamma.val(), self.norm.beta.val());
         let fraction = match stats {
             Stats::Stored => {

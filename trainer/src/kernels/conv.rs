@@ -155,7 +155,9 @@ impl Weights {
             .collect();
         let backward = shape.back_taps().into_iter().map(|taps| {
             let offsets = (0..shape.outputs)
-                .flat_map(|output| taps.iter().map(move |(_, offset)| output * shape.plane() + offset))
+                .flat_map(|output| {
+                    taps.iter().map(move |(_, offset)| output * shape.plane() + offset)
+                })
                 .collect();
             let each = taps.len();
             let packed = groups().map(|weight| {
@@ -200,10 +202,14 @@ impl Scratch {
             if shape.phases() == 1 {
                 for row in 0..shape.out_height() {
                     let from = &x[row * stride * width..][..width];
-                    let to = &mut lowered[(row + border) * shape.row() + border..][..shape.out_width()];
+                    let to =
+                        &mut lowered[(row + border) * shape.row() + border..][..shape.out_width()];
                     match stride {
                         1 => to.copy_from_slice(from),
-                        _ => to.iter_mut().zip(from.iter().step_by(stride)).for_each(|(to, from)| *to = *from),
+                        _ => to
+                            .iter_mut()
+                            .zip(from.iter().step_by(stride))
+                            .for_each(|(to, from)| *to = *from),
                     }
                 }
                 continue;
@@ -215,7 +221,9 @@ impl Scratch {
                     // Columns whose place, border included, has this parity.
                     let first = (parity + stride - border % stride) % stride;
                     let phase = (down % stride) * stride + parity;
-                    let at = phase * shape.plane() + (down / stride) * shape.row() + (first + border) / stride;
+                    let at = phase * shape.plane()
+                        + (down / stride) * shape.row()
+                        + (first + border) / stride;
                     let from = from[first.min(width)..].iter().step_by(stride);
                     lowered[at..].iter_mut().zip(from).for_each(|(to, from)| *to = *from);
                 }
@@ -276,7 +284,10 @@ impl Scratch {
                 for (row, from) in (first_row..height).step_by(stride).zip(rows) {
                     let to = &mut dx[row * width..][..width];
                     match (nothing, stride) {
-                        (true, _) => to[first_column.min(width)..].iter_mut().step_by(stride).for_each(|to| *to = 0.0),
+                        (true, _) => to[first_column.min(width)..]
+                            .iter_mut()
+                            .step_by(stride)
+                            .for_each(|to| *to = 0.0),
                         (false, 1) => to.copy_from_slice(&from[..width]),
                         _ => {
                             let to = to[first_column.min(width)..].iter_mut().step_by(stride);
@@ -310,7 +321,11 @@ mod tests {
                         for (down, right) in square(shape.kernel) {
                             let r = (row * shape.stride + down) as isize - border;
                             let c = (column * shape.stride + right) as isize - border;
-                            if r < 0 || c < 0 || r >= shape.height as isize || c >= shape.width as isize {
+                            if r < 0
+                                || c < 0
+                                || r >= shape.height as isize
+                                || c >= shape.width as isize
+                            {
                                 continue;
                             }
                             let out = group * shape.outputs + output;
@@ -373,7 +388,10 @@ mod tests {
                 }
             }
             scratch.input_gradient(&weights, group, &mut found[1][group * ins..][..ins]);
-            scratch.weight_gradient(&weights, &mut found[2][group * shape.weights()..][..shape.weights()]);
+            scratch.weight_gradient(
+                &weights,
+                &mut found[2][group * shape.weights()..][..shape.weights()],
+            );
         }
         for (index, what) in ["y", "dx", "dw"].into_iter().enumerate() {
             close(&found[index], &expected[index], &format!("{shape:?} {what}"));

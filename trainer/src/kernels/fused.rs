@@ -65,7 +65,12 @@ pub(crate) struct Backward {
 }
 
 /// Computes the saved.
-pub(crate) fn forward(fused: Fused, inputs: Inputs, beta: &[f32], residual: Option<&[f32]>) -> (Vec<f32>, Saved) {
+pub(crate) fn forward(
+    fused: Fused,
+    inputs: Inputs,
+    beta: &[f32],
+    residual: Option<&[f32]>,
+) -> (Vec<f32>, Saved) {
     let Fused { shape, epsilon, relu } = fused;
     let weights = Weights::new(shape, inputs.weight);
     let images = inputs.x.len() / shape.in_image();
@@ -137,7 +142,9 @@ fn finish(
                     *out = (y * scale + shift + residual).max(floor);
                 }
             }
-            None => out.iter_mut().zip(y).for_each(|(out, y)| *out = (y * scale + shift).max(floor)),
+            None => {
+                out.iter_mut().zip(y).for_each(|(out, y)| *out = (y * scale + shift).max(floor))
+            }
         }
     }
 }
@@ -227,7 +234,8 @@ pub(crate) fn backward(
     let affine: Vec<[f32; 3]> = (0..channels)
         .map(|channel| {
             let a = f64::from(saved.scale[channel]);
-            let (mean, inverse) = (f64::from(saved.mean[channel]), f64::from(saved.inverse[channel]));
+            let (mean, inverse) =
+                (f64::from(saved.mean[channel]), f64::from(saved.inverse[channel]));
             let b = -a * gamma[channel] * inverse / count;
             [a as f32, b as f32, (-a * beta[channel] / count - b * mean) as f32]
         })
@@ -265,13 +273,18 @@ pub(crate) fn backward(
                                     let open = y * scale + shift > 0.0;
                                     *to = a * if open { *grad } else { 0.0 } + (b * y + c);
                                 }),
-                                None => values.for_each(|((to, grad), y)| *to = a * grad + (b * y + c)),
+                                None => {
+                                    values.for_each(|((to, grad), y)| *to = a * grad + (b * y + c))
+                                }
                             }
                         }
                     });
                 }
                 scratch.lower_input(shape, &inputs.x[(start + at) * ins..][..ins]);
-                scratch.weight_gradient(&weights, &mut dw[group * shape.weights()..][..shape.weights()]);
+                scratch.weight_gradient(
+                    &weights,
+                    &mut dw[group * shape.weights()..][..shape.weights()],
+                );
                 scratch.input_gradient(&weights, group, dx);
             }
         });

@@ -11,5 +11,5 @@ mod ops;
 mod routes;
 mod taps;
 
-pub(crate) use ops::{conv_norm, exchange, runs_on};
+pub(crate) use ops::{ConvNormOptions, conv_norm, exchange, runs_on};
 pub(crate) use routes::Routes;

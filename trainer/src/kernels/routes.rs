@@ -54,7 +54,9 @@ impl Routes {
                         Dtype::F32 => out.iter_mut().zip(sent).for_each(|(out, sent)| *out += sent),
                         Dtype::F16 => {
                             wire.convert_from_f32_slice(sent);
-                            out.iter_mut().zip(&*wire).for_each(|(out, sent)| *out += sent.to_f32());
+                            out.iter_mut()
+                                .zip(&*wire)
+                                .for_each(|(out, sent)| *out += sent.to_f32());
                         }
                     }
                 }

@@ -144,12 +144,7 @@ pub(crate) fn correlate(y: &[f32], stride: usize, taps: Taps, out: &mut [f32]) {
 }
 
 #[inline(always)]
-fn products<S: Simd, const M: usize>(
-    simd: S,
-    y: (&[f32], usize),
-    taps: Taps,
-    out: &mut [f32],
-) {
+fn products<S: Simd, const M: usize>(simd: S, y: (&[f32], usize), taps: Taps, out: &mut [f32]) {
     let count = taps.offsets.len();
     let mut tap = 0;
     while tap + 3 <= count {
