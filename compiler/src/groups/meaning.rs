@@ -172,20 +172,20 @@ impl Reader<'_> {
             _ => self.integers(3, "axes").unwrap_or_else(|| (0..starts.len() as i64).collect()),
         };
         let steps = self.integers(4, "steps").unwrap_or_else(|| vec![1; starts.len()]);
+        // Exporters list axes that are taken whole, too: what counts is what is cut.
+        let cut = |axis: usize| shape.get(axis) != output.get(axis);
+        let straight = steps.iter().all(|&step| step == 1);
+        if shape.len() != output.len() || (cut(0) && shape.len() > 1) || !straight {
+            return Meaning::Opaque;
+        }
         let channel = axes.iter().position(|&axis| normal(axis, shape.len()) == Some(1));
-        let Some(at) = channel else {
-            let cuts_batch = axes.iter().any(|&axis| normal(axis, shape.len()) == Some(0));
-            return if cuts_batch { Meaning::Opaque } else { Meaning::Spatial };
-        };
-        let (Some(&start), Some(1)) = (starts.get(at), steps.get(at)) else {
+        let (Some(at), true) = (channel, cut(1)) else { return Meaning::Spatial };
+        let Some(&start) = starts.get(at).filter(|_| !(2..shape.len()).any(cut)) else {
             return Meaning::Opaque;
         };
         let channels = shape[1] as i64;
         let start = if start < 0 { start + channels } else { start }.clamp(0, channels);
-        match axes.len() {
-            1 => Meaning::Select { ranges: vec![(start as usize, output[1])] },
-            _ => Meaning::Opaque,
-        }
+        Meaning::Select { ranges: vec![(start as usize, output[1])] }
     }
 
     fn split(&self) -> Meaning {
