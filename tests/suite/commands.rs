@@ -127,3 +127,23 @@ fn nobody_to_ask_is_an_error() {
     assert!(said.starts_with(expected), "{said}");
     assert_eq!((said.lines().count(), output.status.code()), (1, Some(2)));
 }
+
+/// The README cannot drift: what its console blocks show is what happens.
+#[test]
+fn the_readme_says_what_happens() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = tempfile::tempdir().unwrap();
+    let start = folder.path().join("README.in");
+    std::fs::create_dir(&start).unwrap();
+    for name in ["digits.onnx", "digits.json"] {
+        std::fs::copy(root.join("examples/models").join(name), start.join(name)).unwrap();
+    }
+    let readme = folder.path().join("README.md");
+    std::fs::copy(root.join("README.md"), &readme).unwrap();
+    // Both write into the folder the blocks run in.
+    std::fs::write(folder.path().join("README.toml"), "fs.sandbox = true\n").unwrap();
+    trycmd::TestCases::new()
+        .register_bin("snnc", Path::new(env!("CARGO_BIN_EXE_snnc")))
+        .register_bin("snn-run", Path::new(env!("CARGO_BIN_EXE_snn-run")))
+        .case(readme.to_str().unwrap());
+}
