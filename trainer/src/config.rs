@@ -5,6 +5,8 @@
 //! cross a stride. The defaults are the paper's where it gives them; [`Config::digits`] is the
 //! small preset of the quickstart. Writing a configuration and reading it back gives the same one.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 use snn_schemas::{Dtype, Levels, MAX_GROUPS, Policy};
 
@@ -54,6 +56,23 @@ pub enum DatasetName {
     /// The 1,797 handwritten digits of 8×8 pixels that come with the crate.
     #[default]
     Digits,
+    /// CIFAR-10, as binary files or Python pickles.
+    Cifar10,
+    /// CIFAR-100, the same.
+    Cifar100,
+    /// Folders of images: `train/CLASS/*.png|jpg` and `test/CLASS/*.png|jpg`.
+    Folder,
+}
+
+impl fmt::Display for DatasetName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DatasetName::Digits => "digits",
+            DatasetName::Cifar10 => "cifar10",
+            DatasetName::Cifar100 => "cifar100",
+            DatasetName::Folder => "folder",
+        })
+    }
 }
 
 /// Images to train on.
@@ -69,7 +88,7 @@ pub struct DataConfig {
 impl Default for DataConfig {
     fn default() -> DataConfig {
         DataConfig {
-            name: DatasetName::Digits, // the only one so far
+            name: DatasetName::Digits, // the only one that comes with the crate
             validation: 0.1,           // section 4.1
         }
     }
@@ -112,7 +131,33 @@ impl Default for NetConfig {
     }
 }
 
+/// Networks with a name: depth, cardinality, path width (Table 1, and section 4.3).
+const PRESETS: [(&str, usize, usize, usize); 4] = [
+    ("resnext-56-4x16d", 56, 4, 16),
+    ("resnext-56-8x16d", 56, 8, 16),
+    ("resnext-56-64x4d", 56, 64, 4),
+    ("resnext-110-8x16d", 110, 8, 16),
+];
+
 impl NetConfig {
+    /// The paper's network of this name, for `classes` classes; `sep-` in front makes four groups of it.
+    pub fn preset(name: &str, classes: usize) -> Option<NetConfig> {
+        let (groups, plain) = match name.strip_prefix("sep-") {
+            Some(plain) => (4, plain),
+            None => (1, name),
+        };
+        let find = |preset: &&(&str, usize, usize, usize)| preset.0 == plain;
+        let &(_, depth, cardinality, path_width) = PRESETS.iter().find(find)?;
+        Some(NetConfig { depth, groups, cardinality, path_width, classes, ..NetConfig::default() })
+    }
+
+    /// Names that [`NetConfig::preset`] knows.
+    pub fn presets() -> impl Iterator<Item = String> {
+        let prefixes = ["", "sep-"].into_iter();
+        prefixes
+            .flat_map(|prefix| PRESETS.iter().map(move |preset| format!("{prefix}{}", preset.0)))
+    }
+
     /// n, the blocks of a stage.
     pub fn blocks_per_stage(&self) -> usize {
         self.depth.saturating_sub(2) / 9
@@ -225,8 +270,8 @@ pub struct FitConfig {
     pub momentum: f64,
     /// L2 penalty on all parameters.
     pub weight_decay: f64,
-    /// Pixels by which a training image is moved at random, up to, along both axes.
-    pub shift: usize,
+    /// What is done to a training image at random.
+    pub augment: Augmentation,
     /// Training images from which batch-norm statistics are estimated anew under one policy.
     pub calibration: usize,
 }
@@ -241,8 +286,30 @@ impl Default for FitConfig {
             decay: Decay::Step { every: 50, factor: 0.1 }, // section 4.2
             momentum: 0.9,         // unstated; the usual with this schedule
             weight_decay: 5e-4,    // unstated; ResNeXt's on CIFAR
-            shift: 4,              // unstated; the usual on CIFAR beside AutoAugment
+            augment: Augmentation::default(),
             calibration: 2048, // enough for the statistics of a channel, and a fraction of an epoch
+        }
+    }
+}
+
+/// What is done to a training image at random.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Augmentation {
+    /// Pixels by which it is moved along both axes, at most.
+    pub shift: usize,
+    /// Degrees by which it is turned, at most.
+    pub rotate: f64,
+    /// Part by which it is made larger or smaller, at most.
+    pub zoom: f64,
+}
+
+impl Default for Augmentation {
+    fn default() -> Augmentation {
+        Augmentation {
+            shift: 4,    // unstated; the usual on CIFAR beside AutoAugment
+            rotate: 0.0, // AutoAugment turns by itself
+            zoom: 0.0,   // as above
         }
     }
 }
@@ -332,8 +399,12 @@ impl Config {
                 epochs: 24,           // accuracy no longer grows much after
                 batch: 64,            // 16 steps an epoch
                 decay: Decay::Cosine, // ends low within few epochs
-                shift: 1,             // an eighth of the image, as 4 of 32 pixels
-                calibration: 512,     // half of the training images
+                augment: Augmentation {
+                    shift: 1,     // an eighth of the image, as 4 of 32 pixels
+                    rotate: 15.0, // writers slant differently, and the test set's are others
+                    zoom: 0.15,   // and write larger or smaller
+                },
+                calibration: 512, // half of the training images
                 ..FitConfig::default()
             },
             search: SearchConfig {
@@ -409,7 +480,10 @@ impl Config {
         within("train.momentum", self.train.momentum, 0.0, 0.9999, "0 to 0.9999")?;
         within("train.weight_decay", self.train.weight_decay, 0.0, 1.0, "0 to 1")?;
         let smaller = self.net.input[1].min(self.net.input[2]) as f64;
-        within("train.shift", self.train.shift as f64, 0.0, smaller - 1.0, "less than the image")?;
+        let Augmentation { shift, rotate, zoom } = self.train.augment;
+        within("train.augment.shift", shift as f64, 0.0, smaller - 1.0, "less than the image")?;
+        within("train.augment.rotate", rotate, 0.0, 180.0, "0 to 180 degrees")?;
+        within("train.augment.zoom", zoom, 0.0, 10.0, "0 to 10")?;
         within("train.calibration", self.train.calibration as f64, 2.0, many, "at least 2")?;
         within("search.rounds", self.search.rounds as f64, 1.0, many, "at least 1")?;
         within("search.cells", self.search.cells as f64, 1.0, 10_000.0, "1 to 10000")?;

@@ -59,7 +59,7 @@ pub(crate) fn epoch(
     let settings = epoch.settings;
     for (indices, policies) in order.chunks_exact(settings.batch).zip(epoch.policies) {
         let (images, labels) =
-            epoch.images.shifted(indices, settings.shift, &mut epoch.rng, &device);
+            epoch.images.augmented(indices, &settings.augment, &mut epoch.rng, &device);
         let mut mean = GradientsAccumulator::new();
         for policy in policies {
             let logits = network.forward_with(images.clone(), policy, Stats::Batch); // [batch, classes]

@@ -27,8 +27,8 @@ mod seed;
 mod state;
 
 pub use config::{
-    Config, ConfigError, DataConfig, DatasetName, Decay, ExchangeConfig, FinetuneConfig, FitConfig,
-    NetConfig, SearchConfig,
+    Augmentation, Config, ConfigError, DataConfig, DatasetName, Decay, ExchangeConfig,
+    FinetuneConfig, FitConfig, NetConfig, SearchConfig,
 };
 pub use controller::{Controller, Reinforce, Rollout};
 pub use data::{Data, Dataset};

@@ -16,26 +16,28 @@ const TOLERANCE: f32 = 1e-4;
 /// And now and then such a difference decides to which f16 a feature is rounded.
 const ROUNDED: f32 = 2e-3;
 
-fn settings(depth: usize, cardinality: usize, path_width: usize, groups: usize) -> NetConfig {
-    NetConfig { depth, cardinality, path_width, groups, ..NetConfig::default() }
-}
-
 #[test]
 fn parameter_counts_are_the_papers() {
     let device = Device::flex();
     let expected = [
-        (56, 8, 16, 4_394_676, 4_539_444),
-        (56, 4, 16, 2_234_548, 2_379_316),
-        (110, 8, 16, 8_808_372, 8_969_268),
-        (56, 64, 4, 5_231_284, 5_376_052),
+        ("resnext-56-8x16d", 4_394_676),
+        ("sep-resnext-56-8x16d", 4_539_444),
+        ("resnext-56-4x16d", 2_234_548),
+        ("sep-resnext-56-4x16d", 2_379_316),
+        ("resnext-110-8x16d", 8_808_372),
+        ("sep-resnext-110-8x16d", 8_969_268),
+        ("resnext-56-64x4d", 5_231_284),
+        ("sep-resnext-56-64x4d", 5_376_052),
     ];
-    for (depth, cardinality, width, whole, separable) in expected {
-        for (groups, expected) in [(1, whole), (4, separable)] {
-            let settings = settings(depth, cardinality, width, groups);
-            let found = Network::new(&settings, 1, &device).parameters();
-            assert_eq!(found, expected, "{depth} {cardinality}×{width}d, G = {groups}");
-        }
+    assert_eq!(NetConfig::presets().count(), expected.len());
+    for (name, expected) in expected {
+        let hundred = NetConfig::preset(name, 100).unwrap();
+        assert_eq!(Network::new(&hundred, 1, &device).parameters(), expected, "{name}");
+        // The last layer of 256 channels has a weight and a bias for each of 90 classes less.
+        let ten = NetConfig::preset(name, 10).unwrap();
+        assert_eq!(Network::new(&ten, 1, &device).parameters(), expected - 90 * 257, "{name}");
     }
+    assert_eq!(NetConfig::preset("resnext-57", 10), None);
 }
 
 #[test]

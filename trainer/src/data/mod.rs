@@ -5,30 +5,21 @@
 //! standard deviation. The split depends on the seed and on nothing else; no image is in two parts.
 //! Files are read with limits and refused with the line that is wrong.
 
-use std::fs::File;
-use std::io::Read;
+mod cifar;
+mod digits;
+mod folder;
+mod pickle;
+
 use std::path::Path;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use flate2::read::GzDecoder;
 use rand::RngExt;
 use rand::seq::SliceRandom;
 use snn_schemas::metadata::Normalisation;
 
-use crate::config::{Config, DataConfig, DatasetName};
+use crate::config::{Augmentation, Config, DataConfig, DatasetName};
 use crate::error::TrainError;
 use crate::seed::{Rng, rng};
-
-/// The digits; where they come from stands in the README beside the file.
-const DIGITS: &[u8] = include_bytes!("../../examples/data/digits.csv.gz");
-/// The file that `--data DIR` holds instead of the embedded one.
-const DIGITS_FILE: &str = "digits.csv.gz";
-/// Largest text accepted after decompression: 240 times the digits, and a bound on a gzip bomb.
-const MAX_TEXT: u64 = 64 << 20;
-/// Height and width of a digit.
-const DIGIT_SIZE: usize = 8;
-/// A digit's pixel counts the black ones of 4×4: from 0 to this.
-const DIGIT_MAX: f32 = 16.0;
 
 /// Normalised images and their labels.
 #[derive(Clone, Debug)]
@@ -78,19 +69,28 @@ impl Dataset {
         self.tensors(pixels, indices, device)
     }
 
-    /// The same, each image moved by up to `shift` pixels along both axes at random.
-    pub fn shifted(
+    /// The same, each image moved, turned and scaled at random, as far as `most` allows.
+    pub fn augmented(
         &self,
         indices: &[usize],
-        shift: usize,
+        most: &Augmentation,
         rng: &mut Rng,
         device: &Device,
     ) -> (Tensor<4>, Tensor<1, Int>) {
         let mut pixels = Vec::with_capacity(indices.len() * self.shape.iter().product::<usize>());
         for &index in indices {
-            let most = shift as i64;
-            let [rows, columns] = [(); 2].map(|()| rng.random_range(-most..=most) as isize);
-            self.push_moved(index, rows, columns, &mut pixels);
+            let shift = most.shift as i64;
+            let [rows, columns] = [(); 2].map(|()| rng.random_range(-shift..=shift) as isize);
+            let [turn, zoom] = [(); 2].map(|()| rng.random_range(-1.0..=1.0_f64));
+            match most.rotate > 0.0 || most.zoom > 0.0 {
+                false => self.push_moved(index, rows, columns, &mut pixels),
+                true => {
+                    let angle = (turn * most.rotate).to_radians();
+                    // The exponent makes larger and smaller equally likely.
+                    let scale = (1.0 + most.zoom).powf(zoom);
+                    self.push_warped(index, [rows, columns], (angle, scale), &mut pixels);
+                }
+            }
         }
         self.tensors(pixels, indices, device)
     }
@@ -103,6 +103,38 @@ impl Dataset {
                     let from_y = y.checked_add_signed(rows).filter(|&y| y < height);
                     let from_x = x.checked_add_signed(columns).filter(|&x| x < width);
                     into.push(from_y.zip(from_x).map_or(black, |(y, x)| plane[y * width + x]));
+                }
+            }
+        }
+    }
+
+    /// Turns around the middle by `angle` and scales by `scale`, between pixels bilinearly.
+    fn push_warped(
+        &self,
+        index: usize,
+        [rows, columns]: [isize; 2],
+        (angle, scale): (f64, f64),
+        into: &mut Vec<f32>,
+    ) {
+        let [_, height, width] = self.shape;
+        let middle = [(height as f64 - 1.0) / 2.0, (width as f64 - 1.0) / 2.0];
+        let (sin, cos) = (angle.sin() / scale, angle.cos() / scale);
+        for (plane, &black) in self.image(index).chunks_exact(height * width).zip(&self.black) {
+            let at = |y: isize, x: isize| {
+                let inside = (0..height as isize).contains(&y) && (0..width as isize).contains(&x);
+                if inside { plane[y as usize * width + x as usize] } else { black }
+            };
+            for y in 0..height {
+                for x in 0..width {
+                    let (down, right) = (y as f64 - middle[0], x as f64 - middle[1]);
+                    let from_y = middle[0] + down * cos - right * sin + rows as f64;
+                    let from_x = middle[1] + down * sin + right * cos + columns as f64;
+                    let (top, left) = (from_y.floor(), from_x.floor());
+                    let (part_y, part_x) = ((from_y - top) as f32, (from_x - left) as f32);
+                    let (top, left) = (top as isize, left as isize);
+                    let upper = at(top, left) * (1.0 - part_x) + at(top, left + 1) * part_x;
+                    let lower = at(top + 1, left) * (1.0 - part_x) + at(top + 1, left + 1) * part_x;
+                    into.push(upper * (1.0 - part_y) + lower * part_y);
                 }
             }
         }
@@ -139,6 +171,8 @@ pub struct Data {
     pub classes: Vec<String>,
     /// How pixels between 0 and 1 became the images.
     pub normalisation: Normalisation,
+    /// Files that could not be used, with the reason.
+    pub skipped: Vec<String>,
 }
 
 impl Data {
@@ -147,18 +181,19 @@ impl Data {
     /// # Errors
     /// A file cannot be read or makes no sense, or its images are not what `config.net` expects.
     pub fn load(config: &Config, folder: Option<&Path>) -> Result<Data, TrainError> {
-        let DatasetName::Digits = config.data.name;
-        let data = match folder {
-            None => digits(DIGITS, &config.data, config.seed)?,
-            Some(folder) => {
-                let path = folder.join(DIGITS_FILE);
-                let mut bytes = Vec::new();
-                File::open(&path)
-                    .and_then(|file| file.take(MAX_TEXT).read_to_end(&mut bytes))
-                    .map_err(TrainError::io(&path))?;
-                digits(&bytes, &config.data, config.seed)?
+        let name = config.data.name;
+        let parts = match (name, folder) {
+            (DatasetName::Digits, folder) => digits::load(folder)?,
+            (DatasetName::Cifar10, Some(folder)) => cifar::load(cifar::Kind::Ten, folder)?,
+            (DatasetName::Cifar100, Some(folder)) => cifar::load(cifar::Kind::Hundred, folder)?,
+            (DatasetName::Folder, Some(folder)) => folder::load(folder, config.net.input)?,
+            (_, None) => {
+                return Err(TrainError::Data(format!(
+                    "{name}: its folder has to be given with --data"
+                )));
             }
         };
+        let data = split(parts, &config.data, config.seed);
         data.check(config)?;
         Ok(data)
     }
@@ -182,79 +217,64 @@ impl Data {
     }
 }
 
-/// Raw images: pixels between 0 and 1, not yet normalised.
+/// Images as they lie in files: bytes.
 struct Raw {
-    images: Vec<f32>,
+    /// `[image, channel, row, column]`.
+    pixels: Vec<u8>,
     labels: Vec<usize>,
+    shape: [usize; 3],
+    /// The pixel that means 1.
+    white: f32,
 }
 
-/// The digits: 64 pixels of 0 to 16 and the class a line, as gzip-compressed CSV.
-///
-/// The file is in the order in which it was collected, some writers after others. So the last third
-/// is the test set, mostly of writers that the rest does not know; of the rest `validation` are drawn
-/// by the seed.
-fn digits(gzip: &[u8], settings: &DataConfig, seed: u64) -> Result<Data, TrainError> {
-    let mut text = String::new();
-    GzDecoder::new(gzip)
-        .take(MAX_TEXT)
-        .read_to_string(&mut text)
-        .map_err(|error| TrainError::Data(format!("{DIGITS_FILE}: {error}")))?;
-    let raw = parse_digits(&text)?;
-    let count = raw.labels.len();
-    let known = count - count / 3;
+impl Raw {
+    fn new(shape: [usize; 3], white: f32) -> Raw {
+        Raw { pixels: Vec::new(), labels: Vec::new(), shape, white }
+    }
+}
+
+/// A data set as it lies in files: what is for training is not yet split.
+struct Parts {
+    name: String,
+    train: Raw,
+    test: Raw,
+    classes: Vec<String>,
+    /// Files that could not be used, with the reason.
+    skipped: Vec<String>,
+}
+
+/// Draws the validation images by seed, and normalises all by what is left.
+fn split(parts: Parts, settings: &DataConfig, seed: u64) -> Data {
+    let known = parts.train.labels.len();
     let mut order: Vec<usize> = (0..known).collect();
     order.shuffle(&mut rng(seed, "split", 0));
     let held = (known as f64 * settings.validation).round() as usize;
-    let (validation, train) = order.split_at(held);
-    let test: Vec<usize> = (known..count).collect();
-    let shape = [1, DIGIT_SIZE, DIGIT_SIZE];
-    let normalisation = measure(&raw, shape, train);
-    let part = |indices: &[usize]| gather(&raw, shape, indices, &normalisation);
-    Ok(Data {
-        name: "digits".to_owned(),
-        train: part(train),
-        validation: part(validation),
-        test: part(&test),
-        classes: (0..10).map(|digit| digit.to_string()).collect(),
+    let (validation, train) = order.split_at(held.min(known));
+    let normalisation = measure(&parts.train, train);
+    let all: Vec<usize> = (0..parts.test.labels.len()).collect();
+    Data {
+        name: parts.name,
+        train: gather(&parts.train, train, &normalisation),
+        validation: gather(&parts.train, validation, &normalisation),
+        test: gather(&parts.test, &all, &normalisation),
+        classes: parts.classes,
         normalisation,
-    })
-}
-
-fn parse_digits(text: &str) -> Result<Raw, TrainError> {
-    let pixels = DIGIT_SIZE * DIGIT_SIZE;
-    let mut raw = Raw { images: Vec::new(), labels: Vec::new() };
-    for (index, line) in text.lines().enumerate() {
-        let wrong = || {
-            let number = index + 1;
-            let expected = "64 pixels of 0 to 16 and a digit";
-            TrainError::Data(format!("{DIGITS_FILE}: line {number}: expected {expected}"))
-        };
-        let values: Vec<f32> = line
-            .split(',')
-            .map(|value| value.trim().parse().ok())
-            .collect::<Option<_>>()
-            .ok_or_else(wrong)?;
-        let (label, image) = values.split_last().ok_or_else(wrong)?;
-        let fits = image.len() == pixels && image.iter().all(|x| (0.0..=DIGIT_MAX).contains(x));
-        if !fits || !(0.0..10.0).contains(label) || label.fract() != 0.0 {
-            return Err(wrong());
-        }
-        raw.images.extend(image.iter().map(|pixel| pixel / DIGIT_MAX));
-        raw.labels.push(*label as usize);
+        skipped: parts.skipped,
     }
-    Ok(raw)
 }
 
 /// Mean and standard deviation of each channel over the images `indices`.
-fn measure(raw: &Raw, shape: [usize; 3], indices: &[usize]) -> Normalisation {
-    let [channels, height, width] = shape;
+fn measure(raw: &Raw, indices: &[usize]) -> Normalisation {
+    let [channels, height, width] = raw.shape;
     let plane = height * width;
     let mut normalisation = Normalisation::identity(channels);
     for channel in 0..channels {
         let pixels = || {
             indices.iter().flat_map(move |image| {
                 let start = (image * channels + channel) * plane;
-                raw.images[start..start + plane].iter().map(|&pixel| f64::from(pixel))
+                raw.pixels[start..start + plane]
+                    .iter()
+                    .map(|&pixel| f64::from(f32::from(pixel) / raw.white))
             })
         };
         let count = (indices.len() * plane).max(1) as f64;
@@ -267,14 +287,16 @@ fn measure(raw: &Raw, shape: [usize; 3], indices: &[usize]) -> Normalisation {
     normalisation
 }
 
-fn gather(raw: &Raw, shape: [usize; 3], indices: &[usize], by: &Normalisation) -> Dataset {
+fn gather(raw: &Raw, indices: &[usize], by: &Normalisation) -> Dataset {
+    let shape = raw.shape;
     let plane = shape[1] * shape[2];
     let size = shape[0] * plane;
     let scale = |channel: usize, pixel: f32| (pixel - by.mean[channel]) / by.std[channel];
     let mut images = Vec::with_capacity(indices.len() * size);
     for &index in indices {
-        let image = &raw.images[index * size..(index + 1) * size];
-        images.extend(image.iter().enumerate().map(|(at, &pixel)| scale(at / plane, pixel)));
+        let image = &raw.pixels[index * size..(index + 1) * size];
+        let pixels = image.iter().enumerate();
+        images.extend(pixels.map(|(at, &pixel)| scale(at / plane, f32::from(pixel) / raw.white)));
     }
     let labels = indices.iter().map(|&index| raw.labels[index]).collect();
     let black = (0..shape[0]).map(|channel| scale(channel, 0.0)).collect();
@@ -326,13 +348,21 @@ mod tests {
     }
 
     #[test]
-    fn bad_files_name_the_line() {
-        let good = format!("{}3\n", "0,".repeat(64));
-        assert_eq!(parse_digits(&good).unwrap().labels, [3]);
-        for bad in ["1,2,3\n".to_owned(), good.replace("0,3", "17,3"), good.replace(",3", ",x")] {
-            let error = parse_digits(&format!("{good}{bad}")).err().unwrap().to_string();
-            assert!(error.contains("digits.csv.gz: line 2: expected 64 pixels"), "{error}");
-        }
+    fn a_quarter_turn_moves_every_pixel_and_zoom_spreads_from_the_middle() {
+        let dataset = Dataset {
+            images: (1..=9).map(|pixel| pixel as f32).collect(),
+            shape: [1, 3, 3],
+            labels: vec![0],
+            black: vec![0.0],
+        };
+        let warp = |angle: f64, scale: f64| {
+            let mut warped = Vec::new();
+            dataset.push_warped(0, [0, 0], (angle.to_radians(), scale), &mut warped);
+            warped.iter().map(|pixel| (pixel * 1e4).round() / 1e4).collect::<Vec<f32>>()
+        };
+        assert_eq!(warp(0.0, 1.0), dataset.images);
+        assert_eq!(warp(90.0, 1.0), [7.0, 4.0, 1.0, 8.0, 5.0, 2.0, 9.0, 6.0, 3.0]);
+        assert_eq!(warp(0.0, 2.0), [3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 6.5, 7.0]);
     }
 
     #[test]
