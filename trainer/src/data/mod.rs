@@ -5,6 +5,7 @@
 //! standard deviation. The split depends on the seed and on nothing else; no image is in two parts.
 //! Files are read with limits and refused with the line that is wrong.
 
+mod autoaugment;
 mod cifar;
 mod digits;
 mod folder;
@@ -29,6 +30,8 @@ pub struct Dataset {
     labels: Vec<usize>,
     /// Value of a black pixel after normalisation, a channel: what shifting an image brings in.
     black: Vec<f32>,
+    /// Value of a white one.
+    white: Vec<f32>,
 }
 
 impl Dataset {
@@ -79,25 +82,55 @@ impl Dataset {
     ) -> (Tensor<4>, Tensor<1, Int>) {
         let mut pixels = Vec::with_capacity(indices.len() * self.shape.iter().product::<usize>());
         for &index in indices {
+            let changed = most.autoaugment.then(|| self.autoaugmented(index, rng));
+            let image = changed.as_deref().unwrap_or(self.image(index));
             let shift = most.shift as i64;
             let [rows, columns] = [(); 2].map(|()| rng.random_range(-shift..=shift) as isize);
             let [turn, zoom] = [(); 2].map(|()| rng.random_range(-1.0..=1.0_f64));
+            let mirrored = most.flip && rng.random::<bool>();
+            let start = pixels.len();
             match most.rotate > 0.0 || most.zoom > 0.0 {
-                false => self.push_moved(index, rows, columns, &mut pixels),
+                false => self.push_moved(image, rows, columns, &mut pixels),
                 true => {
                     let angle = (turn * most.rotate).to_radians();
                     // The exponent makes larger and smaller equally likely.
                     let scale = (1.0 + most.zoom).powf(zoom);
-                    self.push_warped(index, [rows, columns], (angle, scale), &mut pixels);
+                    self.push_warped(image, [rows, columns], (angle, scale), &mut pixels);
                 }
+            }
+            if mirrored {
+                pixels[start..].chunks_exact_mut(self.shape[2]).for_each(<[f32]>::reverse);
             }
         }
         self.tensors(pixels, indices, device)
     }
 
-    fn push_moved(&self, index: usize, rows: isize, columns: isize, into: &mut Vec<f32>) {
+    /// AutoAugment works on bytes: back to these, and to normalised pixels again.
+    fn autoaugmented(&self, index: usize, rng: &mut Rng) -> Vec<f32> {
         let [_, height, width] = self.shape;
-        for (plane, &black) in self.image(index).chunks_exact(height * width).zip(&self.black) {
+        let span = |channel: usize| self.white[channel] - self.black[channel];
+        let planes = self.image(index).chunks_exact(height * width).enumerate();
+        let bytes = planes.flat_map(|(channel, plane)| {
+            let byte = move |pixel: &f32| {
+                ((pixel - self.black[channel]) / span(channel) * 255.0).round() as u8
+            };
+            plane.iter().map(byte)
+        });
+        let mut image = autoaugment::Image { pixels: bytes.collect(), height, width };
+        autoaugment::augment(&mut image, rng);
+        let planes = image.pixels.chunks_exact(height * width).enumerate();
+        planes
+            .flat_map(|(channel, plane)| {
+                let pixel =
+                    move |byte: &u8| self.black[channel] + f32::from(*byte) / 255.0 * span(channel);
+                plane.iter().map(pixel)
+            })
+            .collect()
+    }
+
+    fn push_moved(&self, image: &[f32], rows: isize, columns: isize, into: &mut Vec<f32>) {
+        let [_, height, width] = self.shape;
+        for (plane, &black) in image.chunks_exact(height * width).zip(&self.black) {
             for y in 0..height {
                 for x in 0..width {
                     let from_y = y.checked_add_signed(rows).filter(|&y| y < height);
@@ -111,7 +144,7 @@ impl Dataset {
     /// Turns around the middle by `angle` and scales by `scale`, between pixels bilinearly.
     fn push_warped(
         &self,
-        index: usize,
+        image: &[f32],
         [rows, columns]: [isize; 2],
         (angle, scale): (f64, f64),
         into: &mut Vec<f32>,
@@ -119,7 +152,7 @@ impl Dataset {
         let [_, height, width] = self.shape;
         let middle = [(height as f64 - 1.0) / 2.0, (width as f64 - 1.0) / 2.0];
         let (sin, cos) = (angle.sin() / scale, angle.cos() / scale);
-        for (plane, &black) in self.image(index).chunks_exact(height * width).zip(&self.black) {
+        for (plane, &black) in image.chunks_exact(height * width).zip(&self.black) {
             let at = |y: isize, x: isize| {
                 let inside = (0..height as isize).contains(&y) && (0..width as isize).contains(&x);
                 if inside { plane[y as usize * width + x as usize] } else { black }
@@ -299,8 +332,8 @@ fn gather(raw: &Raw, indices: &[usize], by: &Normalisation) -> Dataset {
         images.extend(pixels.map(|(at, &pixel)| scale(at / plane, f32::from(pixel) / raw.white)));
     }
     let labels = indices.iter().map(|&index| raw.labels[index]).collect();
-    let black = (0..shape[0]).map(|channel| scale(channel, 0.0)).collect();
-    Dataset { images, shape, labels, black }
+    let all = |pixel: f32| (0..shape[0]).map(|channel| scale(channel, pixel)).collect();
+    Dataset { images, shape, labels, black: all(0.0), white: all(1.0) }
 }
 
 #[cfg(test)]
@@ -341,9 +374,10 @@ mod tests {
             shape: [1, 2, 2],
             labels: vec![0],
             black: vec![-1.0],
+            white: vec![1.0],
         };
         let mut moved = Vec::new();
-        dataset.push_moved(0, 1, -1, &mut moved);
+        dataset.push_moved(dataset.image(0), 1, -1, &mut moved);
         assert_eq!(moved, [-1.0, 3.0, -1.0, -1.0]);
     }
 
@@ -354,15 +388,41 @@ mod tests {
             shape: [1, 3, 3],
             labels: vec![0],
             black: vec![0.0],
+            white: vec![1.0],
         };
         let warp = |angle: f64, scale: f64| {
             let mut warped = Vec::new();
-            dataset.push_warped(0, [0, 0], (angle.to_radians(), scale), &mut warped);
+            dataset.push_warped(dataset.image(0), [0, 0], (angle.to_radians(), scale), &mut warped);
             warped.iter().map(|pixel| (pixel * 1e4).round() / 1e4).collect::<Vec<f32>>()
         };
         assert_eq!(warp(0.0, 1.0), dataset.images);
         assert_eq!(warp(90.0, 1.0), [7.0, 4.0, 1.0, 8.0, 5.0, 2.0, 9.0, 6.0, 3.0]);
         assert_eq!(warp(0.0, 2.0), [3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 6.5, 7.0]);
+    }
+
+    #[test]
+    fn mirroring_and_autoaugment_keep_what_they_should() {
+        let config = Config::digits();
+        let data = Data::load(&config, None).unwrap();
+        let device = Device::flex();
+        let batch = |most: &Augmentation, number: usize| {
+            let (images, _) =
+                data.train.augmented(&[0], most, &mut rng(1, "test", number), &device);
+            images.try_into_vec_as::<f32>().unwrap()
+        };
+        let nothing = Augmentation { shift: 0, ..Augmentation::default() };
+        assert_eq!(batch(&nothing, 0), data.train.image(0));
+        let flip = Augmentation { flip: true, ..nothing };
+        let mut mirror = data.train.image(0).to_vec();
+        mirror.chunks_exact_mut(8).for_each(<[f32]>::reverse);
+        let seen: Vec<bool> = (0..40)
+            .map(|number| {
+                let found = batch(&flip, number);
+                assert!(found == mirror || found == data.train.image(0));
+                found == mirror
+            })
+            .collect();
+        assert!(seen.contains(&true) && seen.contains(&false));
     }
 
     #[test]

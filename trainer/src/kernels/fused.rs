@@ -164,8 +164,8 @@ fn sum(count: usize, value: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0.0_f32; LANES];
     let whole = count / LANES * LANES;
     for at in (0..whole).step_by(LANES) {
-        for lane in 0..LANES {
-            lanes[lane] += value(at + lane);
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            *sum += value(at + lane);
         }
     }
     let rest: f32 = (whole..count).map(value).sum();
