@@ -3,11 +3,12 @@
 //! Takes a [`Config`] and images, and leaves in a run folder a plain separable network
 //! (`model.onnx`, which knows nothing of any exchange), the best policy found (`best.json`), and
 //! the record of how they came about. [`run`] does it all; [`train`], [`search`], [`finetune`] and
-//! [`export`] do one stage each, [`evaluate`] judges a finished run. Everything but the time it
+//! [`export`] do one stage each, [`evaluate`] judges a finished run, [`compare`] sets samplers side by side. Everything but the time it
 //! takes depends on the settings and the seed alone, also when a run is stopped and resumed.
 //! The library prints nothing: it reports to a [`Progress`].
 
 mod checkpoint;
+mod compare;
 mod config;
 mod controller;
 mod data;
@@ -26,6 +27,7 @@ mod search;
 mod seed;
 mod state;
 
+pub use compare::{Sampler, SamplerName, SamplerRng, Trial};
 pub use config::{
     Augmentation, Config, ConfigError, DataConfig, DatasetName, Decay, ExchangeConfig,
     FinetuneConfig, FitConfig, NetConfig, SearchConfig,
@@ -37,5 +39,5 @@ pub use export::{read_network, write_onnx};
 pub use judge::{Score, classify};
 pub use net::{Network, Stats};
 pub use progress::{Progress, Report, Stage};
-pub use run::{Judged, Outcome, evaluate, export, finetune, run, search, train};
+pub use run::{Judged, Outcome, compare, evaluate, export, finetune, run, search, train};
 pub use state::Candidate;

@@ -69,6 +69,17 @@ enum Command {
         #[command(flatten)]
         of: Of,
     },
+    /// All samplers side by side on trained weights: rewards, and what they find.
+    #[command(
+        after_help = "Example:\n  snn-train compare examples/digits.toml --out runs/digits --seeds 3"
+    )]
+    Compare {
+        #[command(flatten)]
+        of: Of,
+        /// How many seeds to repeat it with.
+        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=1000))]
+        seeds: u64,
+    },
     /// Test accuracy of what a run exported.
     #[command(after_help = "Example:\n  snn-train eval runs/digits")]
     Eval {
@@ -152,6 +163,26 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
             let outcome = snn_trainer::export(&config, of.data.as_deref(), &out, &mut bar)?;
             bar.finish();
             tell(cli.json, &config, &outcome)
+        }
+        Command::Compare { of, seeds } => {
+            let out = of.out();
+            let seeds: Vec<u64> = (1..=*seeds).collect();
+            let trials = snn_trainer::compare(
+                &of.settings()?,
+                of.data.as_deref(),
+                &out,
+                (&seeds, &mut bar),
+            )?;
+            bar.finish();
+            let mut text =
+                format!("{:<11} {:>5} {:>10} {:>10}\n", "sampler", "seed", "mean", "best");
+            for trial in &trials {
+                let (name, mean, best) =
+                    (trial.sampler.name(), 100.0 * trial.mean, 100.0 * trial.best);
+                text += &format!("{name:<11} {:>5} {mean:>8.2} % {best:>8.2} %\n", trial.seed);
+            }
+            text += &format!("{}\n", out.join("compare.html").display());
+            say(cli.json, &json!(trials), &text)
         }
         Command::Eval { run_dir, data } => {
             let score = snn_trainer::evaluate(run_dir, data.as_deref())?;

@@ -10,6 +10,7 @@ use std::fmt::Write as _;
 use plotters::prelude::*;
 use snn_schemas::Policy;
 
+use crate::compare::{SamplerName, Trial};
 use crate::config::Config;
 use crate::data::Data;
 use crate::error::TrainError;
@@ -72,6 +73,74 @@ pub(crate) fn page(
     html.push_str(&curves(lines)?);
     html.push_str("</body></html>\n");
     Ok(html)
+}
+
+/// A page on what samplers did: rewards step by step, averaged over seeds, and what they found.
+pub(crate) fn comparison(trials: &[Trial]) -> Result<String, TrainError> {
+    let mut html = format!(
+        "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>Samplers</title><style>{STYLE}</style></head><body>\n<h1>Samplers on the same weights</h1>\n<table><tr><th>sampler</th><th>seeds</th><th>last tenth of the rewards</th><th>mean of the samples</th><th>best</th></tr>\n"
+    );
+    let mut curves = Vec::new();
+    for sampler in SamplerName::ALL {
+        let of = || trials.iter().filter(move |trial| trial.sampler == sampler);
+        let count = of().count().max(1) as f64;
+        let mean = |value: &dyn Fn(&Trial) -> f64| of().map(value).sum::<f64>() / count;
+        let steps = of().map(|trial| trial.rewards.len()).min().unwrap_or(0);
+        let step = |at: usize| (at as f64 + 1.0, mean(&|trial| trial.rewards[at]));
+        let curve: Vec<(f64, f64)> = (0..steps).map(step).collect();
+        let last = &curve[steps - steps.div_ceil(10).min(steps)..];
+        let late = last.iter().map(|point| point.1).sum::<f64>() / last.len().max(1) as f64;
+        let _ = writeln!(
+            html,
+            "<tr><td>{}</td><td>{count}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+            sampler.name(),
+            percent(late),
+            percent(mean(&|trial| trial.mean)),
+            percent(mean(&|trial| trial.best)),
+        );
+        curves.push((sampler.name(), smooth(&curve)));
+    }
+    html.push_str("</table>\n<p class=\"note\">Accuracies on validation images, means over seeds; curves are running means over a twentieth of the steps.</p>\n");
+    let mut svg = String::new();
+    draw_all(&mut svg, &curves).map_err(|error| TrainError::Report(error.to_string()))?;
+    Ok(html + &svg + "</body></html>\n")
+}
+
+/// Running means over a twentieth of the points.
+fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let window = (points.len() / 20).max(1);
+    let mean = |part: &[(f64, f64)]| {
+        let sum: f64 = part.iter().map(|point| point.1).sum();
+        (part[part.len() - 1].0, sum / part.len() as f64)
+    };
+    points.windows(window).map(mean).collect()
+}
+
+fn draw_all(
+    svg: &mut String,
+    curves: &[(&str, Vec<(f64, f64)>)],
+) -> Result<(), Box<dyn std::error::Error>> {
+    let area = SVGBackend::with_string(svg, (900, 420)).into_drawing_area();
+    area.fill(&WHITE)?;
+    let all = || curves.iter().flat_map(|(_, points)| points);
+    let most = all().map(|point| point.0).fold(1.0, f64::max);
+    let low = all().map(|point| point.1).fold(f64::INFINITY, f64::min).min(1.0);
+    let high = all().map(|point| point.1).fold(low + 0.01, f64::max);
+    let mut chart = ChartBuilder::on(&area)
+        .margin(8)
+        .x_label_area_size(34)
+        .y_label_area_size(56)
+        .build_cartesian_2d(1.0..most, low..high)?;
+    chart.configure_mesh().x_desc("step").y_desc("reward").light_line_style(WHITE).draw()?;
+    for (index, (name, points)) in curves.iter().enumerate() {
+        let style = ShapeStyle::from(&Palette99::pick(index)).stroke_width(2);
+        let line = LineSeries::new(points.iter().copied(), style);
+        let key = move |(x, y)| PathElement::new([(x, y), (x + 20, y)], style);
+        chart.draw_series(line)?.label(*name).legend(key);
+    }
+    chart.configure_series_labels().background_style(WHITE).border_style(BLACK).draw()?;
+    area.present()?;
+    Ok(())
 }
 
 fn percent(fraction: f64) -> String {

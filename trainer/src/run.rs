@@ -17,6 +17,7 @@ use serde_json::json;
 use snn_schemas::Policy;
 
 use crate::checkpoint::{self, write_whole};
+use crate::compare::Trial;
 use crate::config::Config;
 use crate::controller::{policies, random_policies};
 use crate::data::Data;
@@ -29,7 +30,7 @@ use crate::net::{Network, Stats};
 use crate::progress::{Progress, Report, Stage};
 use crate::seed::rng;
 use crate::state::{Candidate, State};
-use crate::{report, search as searching};
+use crate::{compare as samplers, report, search as searching};
 
 /// How long the controller may learn between two checkpoints. An epoch is always followed by one.
 const SAVE_EVERY: Duration = Duration::from_secs(30);
@@ -42,6 +43,8 @@ const BEST: &str = "best.ckpt";
 const MODEL: &str = "model.onnx";
 const POLICY: &str = "best.json";
 const REPORT: &str = "report.html";
+const COMPARE: &str = "compare.json";
+const COMPARE_PAGE: &str = "compare.html";
 
 /// A fine-tuned candidate, judged.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -171,6 +174,32 @@ pub fn export(
     run.test()?;
     run.export()?;
     run.outcome()
+}
+
+/// Sets all samplers side by side on the weights that [`train`] left, once for each of `seeds`.
+///
+/// Leaves `compare.json` and `compare.html` in the folder.
+///
+/// # Errors
+/// As [`run`]; or stage 1 is not done, or the network has one group.
+pub fn compare(
+    config: &Config,
+    data: Option<&Path>,
+    out: &Path,
+    (seeds, progress): (&[u64], &mut dyn Progress),
+) -> Result<Vec<Trial>, TrainError> {
+    let run = Run::open(config, data, (out, true), progress)?;
+    run.requires(Stage::Search)?;
+    if config.net.groups == 1 {
+        return Err(TrainError::Data(
+            "a network of one group has no policies to compare".to_owned(),
+        ));
+    }
+    let (network, images) = (&run.state.network, &run.data.validation);
+    let trials = samplers::compare(config, network, images, (seeds, run.progress))?;
+    write_whole(&out.join(COMPARE), &serde_json::to_vec(&trials)?)?;
+    write_whole(&out.join(COMPARE_PAGE), report::comparison(&trials)?.as_bytes())?;
+    Ok(trials)
 }
 
 /// Judges what a finished run exported, read back from its folder, on the test images.
