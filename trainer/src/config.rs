@@ -417,10 +417,10 @@ impl Config {
             },
             search: SearchConfig {
                 rounds: 2,            // enough to see the rounds
-                steps: 60,            // enough for three decisions
+                steps: 80,            // enough for three decisions
                 policies_per_step: 2, // halves the noise of a reward
-                lr: 0.01,             // few steps, so larger ones
-                entropy: 1e-3,        // larger with the learning rate
+                lr: 5e-3,             // few steps, so larger ones
+                entropy: 0.01,        // or it would settle within thirty steps
                 baseline_decay: 0.9,  // follows within ten steps of sixty
                 samples: 20,          // enough for three decisions
                 ..SearchConfig::default()

@@ -1,6 +1,6 @@
 //! A run: the stages tied together, and the folder that holds what they leave behind.
 //!
-//! The folder has `config.toml`, `metrics.jsonl`, `checkpoints/last.ckpt` and `checkpoints/best.ckpt`,
+//! The folder has `config.toml`, `run.json`, `metrics.jsonl`, `checkpoints/last.ckpt` and `checkpoints/best.ckpt`,
 //! and in the end `model.onnx`, `best.json` and `report.html`. Each stage does what is still missing
 //! up to its goal and no more. So a run that was stopped goes on where its last checkpoint stands,
 //! at most an epoch back, and stages asked for one by one give what one run gives.
@@ -32,10 +32,14 @@ use crate::seed::rng;
 use crate::state::{Candidate, State};
 use crate::{compare as samplers, report, search as searching};
 
+/// Who wrote a run, in its files.
+const TOOL: &str = concat!("snn-train ", env!("CARGO_PKG_VERSION"), ", burn 0.22");
+
 /// How long the controller may learn between two checkpoints. An epoch is always followed by one.
 const SAVE_EVERY: Duration = Duration::from_secs(30);
 
 const CONFIG: &str = "config.toml";
+const ABOUT: &str = "run.json";
 const METRICS: &str = "metrics.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
 const LAST: &str = "last.ckpt";
@@ -273,6 +277,7 @@ impl<'a> Run<'a> {
         check_same(config, out, &state)?;
         fs::create_dir_all(out.join(CHECKPOINTS)).map_err(TrainError::io(out))?;
         write_whole(&out.join(CONFIG), config.to_toml().as_bytes())?;
+        write_about(out, config, &data)?;
         let metrics = Metrics::open(&out.join(METRICS), state.ledger.lines)?;
         let folder = out.to_owned();
         Ok(Run { config, data, folder, state, metrics, progress, saved: Instant::now() })
@@ -586,8 +591,9 @@ impl<'a> Run<'a> {
             );
         }
         let entries = [
-            ("tool", json!(concat!("snn-train ", env!("CARGO_PKG_VERSION")))),
+            ("tool", json!(TOOL)),
             ("dataset", json!(self.data.name)),
+            ("dataset_sha256", json!(self.data.sha256)),
             ("seed", json!(self.config.seed)),
             ("net", json!(self.config.net)),
             ("search", json!(self.config.search)),
@@ -647,6 +653,30 @@ impl<'a> Run<'a> {
         self.saved = Instant::now();
         Ok(())
     }
+}
+
+/// Writes what the run is made of; refuses images other than those it was begun with.
+fn write_about(folder: &Path, config: &Config, data: &Data) -> Result<(), TrainError> {
+    let path = folder.join(ABOUT);
+    let before: Option<serde_json::Value> =
+        fs::read(&path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    if before.is_some_and(|before| before["dataset"]["sha256"] != data.sha256.as_str()) {
+        let folder = folder.display();
+        return Err(TrainError::Data(format!("{folder}: was begun with other images")));
+    }
+    let about = json!({
+        "tool": TOOL,
+        "seed": config.seed,
+        "dataset": {
+            "name": data.name,
+            "sha256": data.sha256,
+            "train": data.train.len(),
+            "validation": data.validation.len(),
+            "test": data.test.len(),
+            "skipped": data.skipped,
+        },
+    });
+    write_whole(&path, serde_json::to_string_pretty(&about)?.as_bytes())
 }
 
 /// The settings stored in a run folder.

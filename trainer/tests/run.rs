@@ -112,7 +112,7 @@ fn a_run_that_was_stopped_ends_as_one_that_was_not() {
     }
     snn_trainer::run(&config, None, &parts, true, &mut ()).unwrap();
     assert_eq!(metrics(&whole), metrics(&parts));
-    for name in ["model.onnx", "best.json", "config.toml", "report.html"] {
+    for name in ["model.onnx", "best.json", "config.toml", "run.json", "report.html"] {
         assert!(read(&whole, name) == read(&parts, name), "{name} differs");
     }
 }
@@ -165,6 +165,14 @@ fn a_folder_in_use_and_other_settings_are_refused() {
     let mut other = config.clone();
     other.search.steps = 2;
     snn_trainer::search(&other, None, out, &mut ()).unwrap();
+
+    let about = String::from_utf8(read(out, "run.json")).unwrap();
+    let sha256 = Data::load(&config, None).unwrap().sha256;
+    assert!(about.contains(&sha256));
+    std::fs::write(out.join("run.json"), about.replace(&sha256, "0")).unwrap();
+    let images = snn_trainer::search(&other, None, out, &mut ()).unwrap_err().to_string();
+    assert!(images.ends_with("was begun with other images"), "{images}");
+    std::fs::write(out.join("run.json"), about).unwrap();
 
     let checkpoint = out.join("checkpoints/last.ckpt");
     let bytes = std::fs::read(&checkpoint).unwrap();

@@ -16,6 +16,7 @@ use std::path::Path;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use rand::RngExt;
 use rand::seq::SliceRandom;
+use sha2::{Digest, Sha256};
 use snn_schemas::metadata::Normalisation;
 
 use crate::config::{Augmentation, Config, DataConfig, DatasetName};
@@ -206,6 +207,8 @@ pub struct Data {
     pub normalisation: Normalisation,
     /// Files that could not be used, with the reason.
     pub skipped: Vec<String>,
+    /// SHA-256 of all pixels and labels as they came from the files, in hexadecimal.
+    pub sha256: String,
 }
 
 impl Data {
@@ -284,6 +287,7 @@ fn split(parts: Parts, settings: &DataConfig, seed: u64) -> Data {
     let held = (known as f64 * settings.validation).round() as usize;
     let (validation, train) = order.split_at(held.min(known));
     let normalisation = measure(&parts.train, train);
+    let sha256 = fingerprint([&parts.train, &parts.test]);
     let all: Vec<usize> = (0..parts.test.labels.len()).collect();
     Data {
         name: parts.name,
@@ -293,7 +297,18 @@ fn split(parts: Parts, settings: &DataConfig, seed: u64) -> Data {
         classes: parts.classes,
         normalisation,
         skipped: parts.skipped,
+        sha256,
     }
+}
+
+fn fingerprint(parts: [&Raw; 2]) -> String {
+    let mut hash = Sha256::new();
+    for raw in parts {
+        hash.update((raw.labels.len() as u64).to_le_bytes());
+        raw.labels.iter().for_each(|label| hash.update((*label as u64).to_le_bytes()));
+        hash.update(&raw.pixels);
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Mean and standard deviation of each channel over the images `indices`.
@@ -346,6 +361,11 @@ mod tests {
         assert_eq!([data.train.len(), data.validation.len(), data.test.len()], [1078, 120, 599]);
         let again = Data::load(&Config::digits(), None).unwrap();
         assert_eq!(data.train.labels(), again.train.labels());
+        assert_eq!(
+            data.sha256,
+            Data::load(&Config { seed: 2, ..Config::digits() }, None).unwrap().sha256
+        );
+        assert_eq!(data.sha256.len(), 64);
         let other = Data::load(&Config { seed: 2, ..Config::digits() }, None).unwrap();
         assert_ne!(data.validation.images(), other.validation.images());
         assert_eq!(data.test.labels(), other.test.labels());
