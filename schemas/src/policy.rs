@@ -69,8 +69,10 @@ impl std::str::FromStr for Dtype {
 #[serde(deny_unknown_fields)]
 pub struct Levels {
     /// Number of levels, at least 1. A single level means 100 %.
+    #[schemars(range(min = 1, max = 4096))]
     pub count: usize,
     /// Percentage of the feature maps that level 0 sends, 0 to 100.
+    #[schemars(range(min = 0.0, max = 100.0))]
     pub min_percent: f64,
 }
 
@@ -276,13 +278,20 @@ impl Policy {
 /// The policy file as it is written: both forms, nothing checked yet.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-#[schemars(title = "snn policy")]
+#[schemars(
+    title = "snn policy",
+    description = "Which group sends its features to which, when, and how much of them.",
+    extend("oneOf" = [{ "required": ["steps"] }, { "required": ["decisions"] }])
+)]
 pub struct PolicyFile {
     /// Version of this format: 1.
+    #[schemars(range(min = 1, max = 1))]
     version: u32,
     /// G, the number of groups, 2 to 8.
+    #[schemars(range(min = 2, max = 8))]
     groups: usize,
     /// α, blocks computed per exchange, at least 1.
+    #[schemars(range(min = 1))]
     staleness: usize,
     /// Element type on the wire.
     #[serde(default)]

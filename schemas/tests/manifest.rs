@@ -14,9 +14,9 @@ fn transfer(id: u32, from: usize, to: usize, shape: [usize; 4], half: bool) -> T
         id,
         from,
         to,
-        from_group: (id % 2 == 0).then_some(from),
-        to_group: (id % 3 == 0).then_some(to),
-        step: (id % 2 == 0).then_some(id as usize % 3),
+        from_group: id.is_multiple_of(2).then_some(from),
+        to_group: id.is_multiple_of(3).then_some(to),
+        step: id.is_multiple_of(2).then_some(id as usize % 3),
         tensor: format!("stage{id}/\"out\""),
         shape: shape.to_vec(),
         keep: shape[1],
@@ -71,6 +71,9 @@ fn manifest(nodes: usize, transfers: Vec<Transfer>) -> Manifest {
     }
 }
 
+/// Something done to a valid manifest.
+type Change<'a> = &'a dyn Fn(&mut Manifest);
+
 fn refused(change: impl Fn(&mut Manifest)) -> String {
     let mut manifest = manifest(2, vec![transfer(0, 0, 1, [1, 4, 2, 2], true)]);
     change(&mut manifest);
@@ -79,7 +82,7 @@ fn refused(change: impl Fn(&mut Manifest)) -> String {
 
 #[test]
 fn faults_are_named() {
-    let cases: [(&dyn Fn(&mut Manifest), &str); 13] = [
+    let cases: [(Change, &str); 13] = [
         (&|m| m.version = 2, "version 2, expected 1"),
         (&|m| m.nodes.clear(), "0 nodes, expected 1 to 8"),
         (&|m| m.nodes.swap(0, 1), "node 0 has rank 1, expected 0"),
