@@ -225,7 +225,7 @@ mod tests {
     /// The line with `a` on node 1, where g1 lives, and the rest on node 0; its cuts and schedules.
     fn pair() -> (Placed, Vec<Cut>, [Vec<Action>; 2]) {
         let (graph, tensors) = line();
-        let placement = Placement::even(2, 2).unwrap();
+        let placement = Placement::even(2, 2).expect("two nodes");
         let ranks = [0, 1, 0];
         let home = |(tensor, rank): (&TensorId, usize)| {
             (graph.tensor(*tensor).producer, BTreeSet::from([rank]))
@@ -255,7 +255,7 @@ mod tests {
 
     #[test]
     fn the_first_fault_is_shown() {
-        let error = check(vec!["one".to_owned(), "two".to_owned()]).unwrap_err();
+        let error = check(vec!["one".to_owned(), "two".to_owned()]).expect_err("faults");
         assert_eq!(error.to_string(), "verify: one");
     }
 

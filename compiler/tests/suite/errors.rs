@@ -353,7 +353,7 @@ fn a_step_that_crosses_a_stride() {
 fn a_policy_file_with_a_fault() {
     let policy = policy_source(&policy(&net(), 2, Dtype::F32, 1));
     assert_eq!(policy.policy.groups, 4);
-    let error = snn_compiler::PolicySource::from_bytes(b"{}").unwrap_err();
+    let error = snn_compiler::PolicySource::from_bytes(b"{}").expect_err("it is empty");
     assert_eq!(error.to_string(), "missing field `version` at line 1 column 2");
 }
 

@@ -138,7 +138,7 @@ fn a_split_counts_multiplications() {
     let mut products = 3 * 16 * 9 * area[0];
     let mut channels = 16;
     for (stage, area_out) in area.into_iter().enumerate() {
-        let (inner, out) = ((4 * 4 << stage) / 2, 8 << stage);
+        let (inner, out) = ((16 << stage) / 2, 8 << stage);
         let area_in = area[stage.saturating_sub(1)];
         products += channels * inner * area_in + inner * inner / 2 * 9 * area_out;
         products += (inner + channels) * out * area_out;

@@ -96,8 +96,7 @@ fn a_sent_tensor_is_awaited_only_where_it_is_added() {
     let split = split(net.onnx(style("burn")), Some(&ring(2, 2, 2)), Nodes::PerGroup);
     let step = |number: &usize| split.cuts[*number].taker.exchange.map(|exchange| exchange.step);
     for shard in &split.shards {
-        let position =
-            |wanted: &dyn Fn(&Action) -> bool| shard.actions.iter().position(|a| wanted(a));
+        let position = |wanted: &dyn Fn(&Action) -> bool| shard.actions.iter().position(wanted);
         let sent = position(&|a| matches!(a, Action::Send(n) if step(n) == Some(0)));
         let received = position(&|a| matches!(a, Action::Receive(n) if step(n) == Some(0)));
         let (sent, received) = (sent.expect("a send"), received.expect("a receive"));
