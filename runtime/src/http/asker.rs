@@ -1,0 +1,140 @@
+//! How HTTP reaches a cluster: a trait, and its implementation on a node.
+//!
+//! An [`Asker`] says what the model takes, runs requests, and tells how the cluster is. A process of
+//! the cluster ([`ClusterAsker`]) asks as a client would, over the session it has anyway: so whoever
+//! computes the entry rank answers, and a request outlives the process that began it.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use snn_schemas::metadata::ShardInfo;
+use tokio::sync::OnceCell;
+use zenoh::Session;
+
+use crate::client::{self, AskError, ClusterInfo, ask, info_key, parse};
+use crate::node::NodeReport;
+use crate::transport::BoxFuture;
+use crate::transport::zenoh::split_prefix;
+use crate::watch::Event;
+use crate::{Answer, Tensor};
+
+/// How long nodes may take to report: longer, and they count as silent.
+const REPORT_WITHIN: Duration = Duration::from_millis(300);
+
+/// Why there is no answer, in one sentence.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Unanswered(pub String);
+
+impl From<AskError> for Unanswered {
+    fn from(error: AskError) -> Unanswered {
+        Unanswered(error.to_string())
+    }
+}
+
+/// Reaches a cluster.
+pub trait Asker: Send + Sync + 'static {
+    /// What the cluster takes and gives.
+    ///
+    /// Gives [`Unanswered`] while nobody who knows is there.
+    fn model(&self, within: Duration) -> BoxFuture<'_, Result<Arc<ClusterInfo>, Unanswered>>;
+
+    /// Runs one request; ends within `within`, or soon after.
+    fn infer(
+        &self,
+        inputs: Vec<Tensor>,
+        within: Duration,
+    ) -> BoxFuture<'_, Result<Answer, Unanswered>>;
+
+    /// What each node has counted, by rank; nodes that do not answer are left out.
+    fn reports(&self) -> BoxFuture<'_, Vec<NodeReport>>;
+
+    /// What this process knows of itself.
+    fn own(&self) -> Own;
+
+    /// How many nodes the cluster has.
+    fn nodes(&self) -> usize;
+}
+
+/// What a process knows of itself, without asking anybody.
+#[derive(Clone, Debug, Default)]
+pub struct Own {
+    /// What each of its ranks has counted.
+    pub reports: Vec<NodeReport>,
+    /// Ranks that nobody computes.
+    pub missing: BTreeSet<usize>,
+    /// What has happened lately, newest first.
+    pub events: Vec<Event>,
+    /// How often it has taken over a rank.
+    pub takeovers: u64,
+}
+
+/// Tells what a process knows of itself.
+type TellOwn = Box<dyn Fn() -> Own + Send + Sync>;
+
+/// A process's way to its cluster.
+pub struct ClusterAsker {
+    session: Session,
+    split: String,
+    nodes: usize,
+    own: TellOwn,
+    info: OnceCell<Arc<ClusterInfo>>,
+}
+
+impl ClusterAsker {
+    /// The way to the cluster of `info`, over the session of a process that `own` tells of.
+    pub(crate) fn new(session: Session, info: &ShardInfo, own: TellOwn) -> ClusterAsker {
+        let (split, nodes, info) = (info.split.clone(), info.nodes, OnceCell::new());
+        ClusterAsker { session, split, nodes, own, info }
+    }
+
+    async fn ask_model(&self, within: Duration) -> Result<Arc<ClusterInfo>, Unanswered> {
+        let found = self.info.get_or_try_init(|| async {
+            let key = info_key(&self.split);
+            let answers = ask(&self.session, &key, Bytes::new(), within).await?;
+            let json = answers.first().ok_or(AskError::NoEntry)?;
+            Ok::<_, AskError>(Arc::new(parse(json)?))
+        });
+        Ok(Arc::clone(found.await?))
+    }
+
+    async fn ask_reports(&self) -> Vec<NodeReport> {
+        let key = format!("snn/{}/report/*", split_prefix(&self.split));
+        let answers = ask(&self.session, &key, Bytes::new(), REPORT_WITHIN).await.unwrap_or_default();
+        let mut reports: Vec<NodeReport> =
+            answers.iter().filter_map(|answer| parse(answer).ok()).collect();
+        reports.sort_by_key(|report| report.rank);
+        reports
+    }
+}
+
+impl Asker for ClusterAsker {
+    fn model(&self, within: Duration) -> BoxFuture<'_, Result<Arc<ClusterInfo>, Unanswered>> {
+        Box::pin(self.ask_model(within))
+    }
+
+    fn infer(
+        &self,
+        inputs: Vec<Tensor>,
+        within: Duration,
+    ) -> BoxFuture<'_, Result<Answer, Unanswered>> {
+        // The process that computes the entry rank answers, whoever that is, this one included.
+        Box::pin(async move {
+            Ok(client::infer(&self.session, &self.split, inputs, within).await?)
+        })
+    }
+
+    fn reports(&self) -> BoxFuture<'_, Vec<NodeReport>> {
+        Box::pin(self.ask_reports())
+    }
+
+    fn own(&self) -> Own {
+        (self.own)()
+    }
+
+    fn nodes(&self) -> usize {
+        self.nodes
+    }
+}
