@@ -7,3 +7,6 @@
 pub mod compile;
 
 pub mod run;
+
+mod key;
+pub mod terminal;

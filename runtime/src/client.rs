@@ -6,7 +6,7 @@
 //! in size before it is decoded. Dropping a client disconnects it.
 
 use std::net::{TcpStream, ToSocketAddrs as _};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -15,13 +15,20 @@ use snn_schemas::wire;
 use zenoh::query::{ConsolidationMode, QueryTarget};
 use zenoh::Session;
 
+use crate::key::ClusterKey;
 use crate::transport::zenoh::{
     LinkError, client_config, into_bytes, one_line, parse_address, split_prefix,
 };
+use crate::watch::{clock, trace};
 use crate::{Answer, NodeReport, Tensor};
 
 /// How long a node may take to accept a connection: beyond it, nobody is there.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+/// How much longer an answer may take where a node dies meanwhile: until that is noticed, another has
+/// loaded its shard, and the request was run again.
+const TAKEOVER: Duration = Duration::from_secs(5);
+/// Pause before a question that nobody answered is asked again.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
 /// What a question may take on the way, beyond the time given for its answer.
 const TRAVEL: Duration = Duration::from_millis(500);
 /// Largest description or report accepted, in bytes: names of a thousand classes fit.
@@ -35,6 +42,11 @@ pub(crate) fn info_key(split: &str) -> String {
 /// Key under which the entry node answers.
 pub(crate) fn infer_key(split: &str) -> String {
     format!("snn/{}/infer", split_prefix(split))
+}
+
+/// Key under which the shard of a rank is handed out.
+pub(crate) fn shard_key(split: &str, rank: &str) -> String {
+    format!("snn/{}/shard/{rank}", split_prefix(split))
 }
 
 /// Key under which a node reports.
@@ -65,21 +77,47 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to a node and asks what its cluster takes and gives.
+    /// Connects to any of the nodes at `addresses` and asks what its cluster takes and gives. Where
+    /// that node dies later, the others are connected to.
     ///
     /// # Errors
-    /// [`AskError::Connect`] when nobody listens there; [`AskError::NoEntry`] when the node is there,
+    /// [`AskError::Connect`] when nobody listens there; [`AskError::NoEntry`] when a node is there,
     /// but its cluster's entry node is not.
-    pub async fn connect(node: &str, within: Duration) -> Result<Client, AskError> {
-        let address = parse_address(node)?;
-        reach(address.clone(), within.min(CONNECT_WITHIN)).await?;
-        let session = zenoh::open(client_config(&address)?)
-            .await
-            .map_err(|error| AskError::Session { reason: one_line(&error) })?;
-        let json = ask(&session, "snn/*/info", Bytes::new(), within).await?.into_iter().next();
-        let json = json.ok_or(AskError::NoEntry)?;
-        let info = parse(&json)?;
-        Ok(Client { session, info })
+    pub async fn connect(
+        addresses: &[String],
+        key: Option<&ClusterKey>,
+        within: Duration,
+    ) -> Result<Client, AskError> {
+        let addresses: Vec<String> = addresses
+            .iter()
+            .map(|address| parse_address(address, key))
+            .collect::<Result<_, LinkError>>()?;
+        let mut reached = Err(AskError::NoAddress);
+        for address in &addresses {
+            reached = reach(address.clone(), within.min(CONNECT_WITHIN)).await;
+            if reached.is_ok() {
+                break;
+            }
+        }
+        reached?;
+        let opened = zenoh::open(client_config(&addresses, key)?);
+        let session = match tokio::time::timeout(within.max(CONNECT_WITHIN), opened).await {
+            Ok(Ok(session)) => session,
+            Ok(Err(error)) => return Err(AskError::Session { reason: one_line(&error) }),
+            Err(_) => return Err(AskError::NoAnswer { within }),
+        };
+        let deadline = Instant::now() + within;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let answers = ask(&session, "snn/*/info", Bytes::new(), left).await?;
+            if let Some(json) = answers.into_iter().next() {
+                return Ok(Client { info: parse(&json)?, session });
+            }
+            if Instant::now() + ASK_AGAIN >= deadline {
+                return Err(AskError::NoEntry);
+            }
+            tokio::time::sleep(ASK_AGAIN).await;
+        }
     }
 
     /// What the cluster takes and gives.
@@ -96,13 +134,7 @@ impl Client {
         inputs: Vec<Tensor>,
         within: Duration,
     ) -> Result<Answer, AskError> {
-        let question = wire::Infer { within, inputs }.encode();
-        let answers = ask(&self.session, &infer_key(&self.info.split), question, within).await?;
-        let answer = answers.into_iter().next().ok_or(AskError::NoAnswer { within })?;
-        match wire::Reply::decode(answer)? {
-            wire::Reply::Answer(answer) => Ok(answer),
-            wire::Reply::Failure(reason) => Err(AskError::Refused { reason }),
-        }
+        infer(&self.session, &self.info.split, inputs, within).await
     }
 
     /// What each node has counted since it started, by rank; nodes that do not answer are left out.
@@ -118,6 +150,15 @@ impl Client {
         Ok(reports)
     }
 
+    /// What each node has recorded since it was told to, on one time axis; nodes that do not answer
+    /// are left out.
+    ///
+    /// # Errors
+    /// A connection that has ended, or a record that cannot be read.
+    pub async fn trace(&self, within: Duration) -> Result<Vec<trace::Aligned>, AskError> {
+        clock::gather(&self.session, (&self.info.split, self.info.nodes), within).await
+    }
+
     /// Disconnects.
     pub async fn close(&self) {
         if let Err(error) = self.session.close().await {
@@ -131,7 +172,7 @@ async fn reach(address: String, within: Duration) -> Result<(), AskError> {
     let connect = {
         let address = address.clone();
         move || {
-            let place = address.strip_prefix("tcp/").unwrap_or(&address);
+            let place = address.split_once('/').map_or(address.as_str(), |(_, place)| place);
             let mut last = std::io::ErrorKind::AddrNotAvailable.into();
             for socket in place.to_socket_addrs()? {
                 match TcpStream::connect_timeout(&socket, within) {
@@ -149,8 +190,35 @@ async fn reach(address: String, within: Duration) -> Result<(), AskError> {
     }
 }
 
+/// Asks a cluster for one inference; asks again where its entry node dies meanwhile.
+pub(crate) async fn infer(
+    session: &Session,
+    split: &str,
+    inputs: Vec<Tensor>,
+    within: Duration,
+) -> Result<Answer, AskError> {
+    let question = wire::Infer { within, inputs }.encode();
+    let key = infer_key(split);
+    let deadline = Instant::now() + within + TAKEOVER;
+    loop {
+        // Where the entry node dies, the question ends without an answer, and another is asked.
+        let left = deadline.saturating_duration_since(Instant::now());
+        let answers = ask(session, &key, question.clone(), left).await?;
+        if let Some(answer) = answers.into_iter().next() {
+            return match wire::Reply::decode(answer)? {
+                wire::Reply::Answer(answer) => Ok(answer),
+                wire::Reply::Failure(reason) => Err(AskError::Refused { reason }),
+            };
+        }
+        if Instant::now() + ASK_AGAIN >= deadline {
+            return Err(AskError::NoAnswer { within });
+        }
+        tokio::time::sleep(ASK_AGAIN).await;
+    }
+}
+
 /// Asks everybody who answers under `key`, and gathers their answers until all have answered.
-async fn ask(
+pub(crate) async fn ask(
     session: &Session,
     key: &str,
     question: Bytes,
@@ -175,7 +243,7 @@ async fn ask(
     Ok(answers)
 }
 
-fn parse<T: for<'a> Deserialize<'a>>(json: &Bytes) -> Result<T, AskError> {
+pub(crate) fn parse<T: for<'a> Deserialize<'a>>(json: &Bytes) -> Result<T, AskError> {
     if json.len() > MAX_JSON {
         return Err(AskError::TooLarge);
     }
@@ -197,6 +265,9 @@ pub enum AskError {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// Nobody to ask.
+    #[error("no address of a node is given")]
+    NoAddress,
     /// The session cannot be opened, or has ended.
     #[error("zenoh: {reason}")]
     Session {

@@ -13,13 +13,23 @@
 pub mod shard;
 
 pub mod engine;
+mod fuse;
+pub mod kernels;
+
+pub mod key;
 pub mod mailbox;
 pub mod transport;
 
+pub mod watch;
+
 pub mod node;
+
+pub mod membership;
 pub mod serve;
+pub mod shelf;
 
 pub mod client;
+pub mod http;
 
 pub use engine::tract::TractEngine;
 pub use engine::{Engine, EngineError, Executor};

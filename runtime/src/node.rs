@@ -28,7 +28,10 @@ use crate::engine::{Engine, EngineError, Executor, Job};
 use crate::mailbox::{Begin, End, MAX_REQUESTS, Mailbox, Next, Pending, Refused};
 use crate::shard::{Crossing, Program, Shard, Slot, Step};
 use crate::transport::{Event, Sink, Transport};
+use crate::watch::{Histogram, Kind, Log, Recorder};
 
+/// How long a frame for a peer that is gone is kept, should another stand in for it.
+const WAIT_FOR_PEER: Duration = Duration::from_secs(2);
 /// How long past its deadline a request's error may take to come from the compute thread, which
 /// knows what was missing: one segment of a large network on a small device.
 const EXPLAIN_WITHIN: Duration = Duration::from_millis(500);
@@ -54,6 +57,12 @@ pub struct NodeReport {
     pub frames_sent: u64,
     /// What each receive was waited for, in the order of the shard.
     pub receives: Vec<ReceiveReport>,
+    /// What has been sent by each send, in the order of the shard.
+    #[serde(default)]
+    pub sends: Vec<SendReport>,
+    /// How long answered requests took, on the node that takes them.
+    #[serde(default)]
+    pub latency: Histogram,
 }
 
 /// How long a node has waited for one transfer.
@@ -65,18 +74,39 @@ pub struct ReceiveReport {
     pub step: Option<usize>,
     /// Time between the request coming to the receive and the tensor being there, in ms.
     pub waited_ms: f64,
+    /// Rank of the sender.
+    #[serde(default)]
+    pub from: usize,
+}
+
+/// What a node has sent by one transfer.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SendReport {
+    /// The transfer.
+    pub transfer: u32,
+    /// The policy's step, where one asks for it.
+    pub step: Option<usize>,
+    /// Rank of the receiver.
+    pub to: usize,
+    /// Bytes of its frames, their headers included.
+    pub bytes: u64,
+    /// Its frames.
+    pub frames: u64,
 }
 
 /// Everything of a node that other threads touch.
 struct Core {
     identity: ShardInfo,
     mailbox: Mailbox,
+    outbox: Outbox,
     /// Ranks that are not there.
     missing: watch::Sender<BTreeSet<usize>>,
     fault: Mutex<Option<String>>,
     asked: Mutex<HashMap<u64, oneshot::Sender<Result<Answer, InferError>>>>,
     report: Mutex<NodeReport>,
     next_request: AtomicU64,
+    recorder: Recorder,
+    log: Log,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -85,7 +115,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Core {
-    fn new(shard: &Shard) -> Core {
+    fn new(shard: &Shard, outbox: Outbox) -> Core {
         let identity = shard.identity().clone();
         let others = (0..identity.nodes).filter(|&rank| rank != identity.rank);
         let (missing, _) = watch::channel(others.collect());
@@ -93,22 +123,33 @@ impl Core {
             transfer: crossing.transfer,
             step: crossing.step,
             waited_ms: 0.0,
+            from: crossing.peer,
+        };
+        let send = |crossing: &Crossing| SendReport {
+            transfer: crossing.transfer,
+            step: crossing.step,
+            to: crossing.peer,
+            ..SendReport::default()
         };
         let report = NodeReport {
             rank: identity.rank,
             receives: shard.program().receives().map(receive).collect(),
+            sends: shard.program().sends().map(send).collect(),
             ..NodeReport::default()
         };
         // Numbers begin anywhere, so that those of a restarted node are new to its peers.
         let start = RandomState::new().hash_one(identity.rank) >> 1;
         Core {
             mailbox: Mailbox::new(shard.program()),
+            outbox,
             identity,
             missing,
             fault: Mutex::new(None),
             asked: Mutex::new(HashMap::new()),
             report: Mutex::new(report),
             next_request: AtomicU64::new(start),
+            recorder: Recorder::default(),
+            log: Log::default(),
         }
     }
 
@@ -126,11 +167,14 @@ impl Core {
                     short(&self.identity.split)
                 );
                 tracing::warn!(%fault, "foreign node refused");
+                self.log.note(format!("refused: {fault}"));
                 lock(&self.fault).get_or_insert(fault);
             }
             Event::PeerUp { rank, .. } => {
                 tracing::debug!(rank, "peer is there");
-                self.missing.send_if_modified(|missing| missing.remove(&rank));
+                if self.missing.send_if_modified(|missing| missing.remove(&rank)) {
+                    self.log.note(format!("rank {rank} is there"));
+                }
             }
             Event::PeerDown { rank } => self.lose(rank),
         }
@@ -138,11 +182,19 @@ impl Core {
 
     fn take_frame(&self, bytes: Bytes) -> Result<(), FrameError> {
         match Frame::decode(bytes)? {
-            Frame::Tensor(frame) => self.mailbox.post(frame)?,
-            Frame::Cancel(Cancel { from, request, reason }) => {
+            Frame::Tensor(frame) => {
+                let (request, transfer) = (frame.request, frame.transfer);
+                self.mailbox.post(frame)?;
+                self.recorder.instant(Kind::Arrived, transfer, request);
+            }
+            Frame::Cancel(Cancel { from, request, again, reason }) => {
                 self.mailbox.cancel(request, &reason);
                 // The entry node tells others; where it is told, the asker must hear of it.
-                self.answer(request, Err(InferError::Peer { rank: from.into(), reason }));
+                let rank = from.into();
+                self.answer(request, Err(match again {
+                    true => InferError::PeerLost { reason },
+                    false => InferError::Peer { rank, reason },
+                }));
             }
         }
         Ok(())
@@ -152,10 +204,17 @@ impl Core {
         let known = rank < self.identity.nodes && rank != self.identity.rank;
         if known && self.missing.send_if_modified(|missing| missing.insert(rank)) {
             tracing::debug!(rank, "peer is gone");
-            self.mailbox.cancel_all(&format!("rank {rank} is gone"));
+            self.log.note(format!("rank {rank} is gone"));
+            let reason = format!("rank {rank} is gone");
+            let from = self.identity.rank as u16;
+            for request in self.mailbox.cancel_all(&reason) {
+                // The entry node may have noticed earlier, and begun this one since.
+                let frame = Cancel { from, request, again: true, reason: reason.clone() };
+                self.outbox.send(self.identity.entry, frame.encode());
+            }
             let asked: Vec<u64> = lock(&self.asked).keys().copied().collect();
             for request in asked {
-                self.answer(request, Err(InferError::PeerLost { rank }));
+                self.answer(request, Err(InferError::PeerLost { reason: reason.clone() }));
             }
         }
     }
@@ -178,7 +237,6 @@ pub struct Node {
     core: Arc<Core>,
     inputs: Vec<Port>,
     outputs: Vec<Port>,
-    outbox: Outbox,
     /// Frames on their way to a transport, a queue a peer, until one is connected.
     leaving: Vec<mpsc::UnboundedReceiver<Bytes>>,
     senders: JoinSet<()>,
@@ -194,18 +252,18 @@ impl Node {
         shard: &Shard,
         engine: impl FnOnce() -> E + Send + 'static,
     ) -> Result<Node, StartError> {
-        let core = Arc::new(Core::new(shard));
+        let (outbox, leaving) = Outbox::new(shard.identity());
+        let core = Arc::new(Core::new(shard, outbox));
         let program = shard.program().clone();
         let (inputs, outputs) = (ports(&program, &program.inputs), ports(&program, &program.outputs));
-        let (outbox, leaving) = Outbox::new(&core.identity);
         let (loaded, loading) = oneshot::channel();
-        let worker = Worker { core: Arc::clone(&core), outbox: outbox.clone(), program };
+        let worker = Worker { core: Arc::clone(&core), program };
         let compute = thread::Builder::new()
             .name(format!("snn-compute-{}", core.identity.rank))
             .spawn(move || worker.run(engine, loaded))
             .map_err(StartError::Thread)?;
         let (senders, compute) = (JoinSet::new(), Some(compute));
-        let node = Node { core, inputs, outputs, outbox, leaving, senders, compute };
+        let node = Node { core, inputs, outputs, leaving, senders, compute };
         match loading.await {
             Ok(Ok(())) => Ok(node),
             Ok(Err(error)) => Err(StartError::Engine(error)),
@@ -223,8 +281,15 @@ impl Node {
     pub fn connect(&mut self, transport: Arc<dyn Transport>) {
         for (peer, mut frames) in self.leaving.drain(..).enumerate() {
             let transport = Arc::clone(&transport);
+            let mut missing = self.core.missing.subscribe();
             self.senders.spawn(async move {
                 while let Some(frame) = frames.recv().await {
+                    // Others may have heard earlier than we that somebody stands in for the peer.
+                    let there = missing.wait_for(|missing| !missing.contains(&peer));
+                    if tokio::time::timeout(WAIT_FOR_PEER, there).await.is_err() {
+                        tracing::debug!(peer, "frame dropped: nobody is there");
+                        continue;
+                    }
                     // Who waits for it hears of a lost peer, or at its deadline.
                     if let Err(error) = transport.send(peer, frame).await {
                         tracing::warn!(%error, "frame not sent");
@@ -269,20 +334,31 @@ impl Node {
         lock(&self.core.report).clone()
     }
 
+    /// What records when the node computed, sent and waited.
+    pub fn recorder(&self) -> &Recorder {
+        &self.core.recorder
+    }
+
+    /// What has happened to the node lately.
+    pub fn log(&self) -> &Log {
+        &self.core.log
+    }
+
     /// Runs one request through the cluster; on the entry node only.
     ///
     /// # Errors
-    /// Inputs that do not fit the model, peers that are missing or die, a node that cannot compute,
-    /// or no answer within `within`.
+    /// Inputs that do not fit the model, peers that are missing for `within` or die, a node that
+    /// cannot compute, or no answer within `within` of the cluster being complete.
     pub async fn infer(&self, inputs: Vec<Tensor>, within: Duration) -> Result<Answer, InferError> {
         self.check(&inputs)?;
-        let deadline = Instant::now() + within;
+        let start = Instant::now();
         let mut missing = self.core.missing.subscribe();
         let complete = missing.wait_for(BTreeSet::is_empty);
-        if tokio::time::timeout_at(deadline.into(), complete).await.is_err() {
+        if tokio::time::timeout(within, complete).await.is_err() {
             let ranks = self.missing().into_iter().collect();
             return Err(InferError::Missing { ranks, within });
         }
+        let deadline = Instant::now() + within;
         let request = self.core.next_request.fetch_add(1, Ordering::Relaxed);
         let (sender, answer) = oneshot::channel();
         lock(&self.core.asked).insert(request, sender);
@@ -298,6 +374,10 @@ impl Node {
             Err(_) => Err(InferError::Late { waiting: String::new() }),
         };
         cleanup.ended = answer.is_ok();
+        if answer.is_ok() {
+            lock(&self.core.report).latency.add(start.elapsed());
+            self.core.recorder.span(Kind::Request, 0, request, start);
+        }
         answer
     }
 
@@ -353,7 +433,7 @@ impl Drop for Cleanup<'_> {
             lock(&self.node.core.asked).remove(&self.request);
             let reason = "the request has ended";
             self.node.core.mailbox.cancel(self.request, reason);
-            self.node.outbox.cancel(self.request, reason);
+            self.node.core.outbox.cancel(self.request, reason);
         }
     }
 }
@@ -391,7 +471,8 @@ impl Outbox {
 
     /// Tells every peer that a request has ended.
     fn cancel(&self, request: u64, reason: &str) {
-        let frame = Cancel { from: self.rank as u16, request, reason: reason.to_owned() }.encode();
+        let (from, reason) = (self.rank as u16, reason.to_owned());
+        let frame = Cancel { from, request, again: false, reason }.encode();
         for peer in (0..self.queues.len()).filter(|&peer| peer != self.rank) {
             self.send(peer, frame.clone());
         }
@@ -412,7 +493,6 @@ struct Working {
 /// The compute thread.
 struct Worker {
     core: Arc<Core>,
-    outbox: Outbox,
     program: Program,
 }
 
@@ -439,6 +519,7 @@ impl Worker {
             let (next, idle) = self.core.mailbox.next(&pending, MAX_REQUESTS);
             if !working.is_empty() {
                 lock(&self.core.report).waiting_ms += milliseconds(idle);
+                self.record_wait(&pending, idle);
             }
             match next {
                 Next::Closed => return,
@@ -467,6 +548,15 @@ impl Worker {
         Pending { request: work.request, wants }
     }
 
+    /// Records that every request at hand waited, under what the oldest of them waited for.
+    fn record_wait(&self, pending: &[Pending], idle: Duration) {
+        if let Some(&Pending { request, wants: Some(transfer) }) = pending.first()
+            && idle > Duration::ZERO
+        {
+            self.core.recorder.ended_span(Kind::Wait, transfer, request, idle);
+        }
+    }
+
     fn begin(&self, executor: &mut dyn Executor, begin: Begin, working: &mut Vec<Working>) {
         let Begin { request, deadline, inputs } = begin;
         let job = executor.begin();
@@ -490,6 +580,7 @@ impl Worker {
         let waited = work.blocked.elapsed();
         let start = Instant::now();
         executor.write(work.job, crossing.slot, elements)?;
+        self.core.recorder.span(Kind::Decode, crossing.transfer, work.request, start);
         let mut report = lock(&self.core.report);
         report.codec_ms += milliseconds(start.elapsed());
         let mut receives = report.receives.iter_mut();
@@ -510,6 +601,7 @@ impl Worker {
                 Step::Compute(segment) => {
                     let start = Instant::now();
                     executor.compute(work.job, *segment)?;
+                    self.core.recorder.span(Kind::Compute, *segment as u32, work.request, start);
                     lock(&self.core.report).compute_ms += milliseconds(start.elapsed());
                     computed = true;
                 }
@@ -534,12 +626,19 @@ impl Worker {
         let mut frame =
             TensorFrame::begin(crossing.dtype, rank, work.request, about, crossing.bytes);
         executor.read(work.job, crossing.slot, &mut frame)?;
+        // Before the frame leaves, so that its arrival is always later.
+        self.core.recorder.span(Kind::Encode, crossing.transfer, work.request, start);
         let bytes = frame.len() as u64;
-        self.outbox.send(crossing.peer, frame.freeze());
+        self.core.outbox.send(crossing.peer, frame.freeze());
         let mut report = lock(&self.core.report);
         report.codec_ms += milliseconds(start.elapsed());
         report.bytes_sent += bytes;
         report.frames_sent += 1;
+        let mut sends = report.sends.iter_mut();
+        if let Some(send) = sends.find(|send| send.transfer == crossing.transfer) {
+            send.bytes += bytes;
+            send.frames += 1;
+        }
         Ok(())
     }
 
@@ -611,7 +710,7 @@ impl Worker {
     /// Tells everybody that this node cannot do its part.
     fn fail(&self, request: u64, reason: String) {
         lock(&self.core.report).failures += 1;
-        self.outbox.cancel(request, &reason);
+        self.core.outbox.cancel(request, &reason);
         let rank = self.core.identity.rank;
         self.core.answer(request, Err(InferError::Peer { rank, reason }));
     }
@@ -681,11 +780,11 @@ pub enum InferError {
         /// How long they were waited for.
         within: Duration,
     },
-    /// A node died meanwhile.
-    #[error("rank {rank} is gone")]
+    /// A node died meanwhile; the request may be run again.
+    #[error("{reason}")]
     PeerLost {
-        /// Its rank.
-        rank: usize,
+        /// Which one, in the words of whoever noticed.
+        reason: String,
     },
     /// A node could not do its part.
     #[error("rank {rank}: {reason}")]

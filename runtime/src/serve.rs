@@ -1,107 +1,383 @@
-//! A node on the network: its cluster on one side, those who ask on the other.
+//! A process on the network: the ranks it computes on one side, those who ask on the other.
 //!
-//! [`Server::start`] takes an open [`Link`], a shard and the engine for it, and joins the cluster. The
-//! entry node then answers inference requests and says what the model takes and gives; every node
-//! reports what it has counted. A question that is too large, cannot be read, or comes while
-//! [`MAX_ASKED`] others are being answered is refused with a reason; others are unharmed.
+//! [`Server::start`] takes an open [`Link`], a shard and engines for it, and joins the cluster. The
+//! process that computes the entry rank answers inference requests and says what the model takes and
+//! gives; every rank reports what it has counted. A question that is too large, cannot be read, or comes
+//! while [`MAX_ASKED`] others are being answered is refused with a reason; others are unharmed.
+//!
+//! With [`ServerOptions::takeover`] a process stands in for ranks whose own processes are gone, as
+//! [`membership`](crate::membership) tells, once the cluster has been complete; requests that a loss
+//! interrupts are run again from their inputs. It gives a rank back when its own process returns. For
+//! this every process keeps the shards of all ranks ([`Shelf`]), fetched from peers where it must be.
+//!
 //! Shutting down, or dropping the server, ends every task it started.
 
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
+use snn_schemas::metadata::ShardInfo;
 use snn_schemas::wire::{self, Infer, Reply};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use zenoh::handlers::FifoChannelHandler;
-use zenoh::query::{Query, Queryable};
+use zenoh::query::{ConsolidationMode, Query, QueryTarget, Queryable};
 
-use crate::client::{ClusterInfo, info_key, infer_key, report_key};
+use crate::client::{ClusterInfo, info_key, infer_key, report_key, shard_key};
 use crate::engine::Engine;
+use crate::http::{Asker, ClusterAsker, Own};
 use crate::mailbox::MAX_WITHIN;
-use crate::node::{Node, NodeReport, StartError};
-use crate::shard::Shard;
+use crate::membership::{Homes, Role, hosts};
+use crate::node::{InferError, Node, NodeReport, StartError};
+use crate::shard::{Shard, ShardError};
+use crate::shelf::Shelf;
 use crate::transport::Transport;
 use crate::transport::zenoh::{
-    Identity, Link, LinkError, ZenohTransport, into_bytes, one_line, session_error,
+    Identity, Link, LinkError, Watch, ZenohTransport, into_bytes, one_line, session_error,
 };
+use crate::watch::{Lane, clock};
 
 /// Questions answered at once; each holds its input in memory until its answer is sent.
 pub const MAX_ASKED: usize = 64;
+/// How often a request is begun again after a node was lost: each time another must have died.
+const MAX_ATTEMPTS: usize = 8;
+/// How long peers may take to hand over a shard.
+const FETCH_WITHIN: Duration = Duration::from_secs(10);
+/// Pause before missing shards are asked for again: their owners may still be starting.
+const FETCH_AGAIN: Duration = Duration::from_millis(500);
+/// Pause before a rank that could not be taken over is tried again.
+const TAKE_AGAIN: Duration = Duration::from_secs(1);
 
-/// A node on the network.
+/// Makes an engine for a rank, on the thread that computes.
+pub type EngineMaker = Arc<dyn Fn() -> Box<dyn Engine> + Send + Sync>;
+
+/// How a process serves.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ServerOptions {
+    /// Whether it stands in for ranks whose own processes are gone.
+    pub takeover: bool,
+    /// Whether it records when it computed, sent and waited.
+    pub trace: bool,
+}
+
+/// A process on the network.
 pub struct Server {
-    node: Arc<Node>,
-    link: Link,
+    process: Arc<Process>,
     tasks: JoinSet<()>,
-    // Last: peers hear that the node leaves once nobody is answered any more.
+    _watch: Watch,
+}
+
+/// What the tasks of a server share.
+struct Process {
+    link: Link,
+    engines: EngineMaker,
+    options: ServerOptions,
+    info: ShardInfo,
+    shelf: Shelf,
+    homes: watch::Receiver<Homes>,
+    ranks: Mutex<BTreeMap<usize, Computed>>,
+    takeovers: Mutex<u64>,
+}
+
+/// A rank that this process computes.
+struct Computed {
+    node: Arc<Node>,
+    // Dropped before the transport: nobody is answered once the rank is left.
+    answering: JoinSet<()>,
     transport: Arc<ZenohTransport>,
 }
 
 impl Server {
-    /// Loads the shard, joins its cluster and answers from then on.
+    /// Loads the shard, joins its cluster and answers from then on. `bytes` are the shard's file.
     ///
     /// # Errors
     /// What the engine cannot load, or why the link cannot be used.
-    pub async fn start<E: Engine>(
+    pub async fn start(
         link: Link,
-        shard: Shard,
-        engine: impl FnOnce() -> E + Send + 'static,
+        bytes: Bytes,
+        engines: EngineMaker,
+        options: ServerOptions,
     ) -> Result<Server, ServeError> {
-        let info = shard.identity();
-        let identity =
-            Identity { split: info.split.clone(), rank: info.rank, nodes: info.nodes };
-        let mut node = Node::load(&shard, engine).await?;
-        // Joined first and ready to answer before anybody hears of the node.
+        let shard = Shard::from_bytes(bytes.clone())?;
+        let info = shard.identity().clone();
+        let (homes, watch) = link.homes(&info.split).await?;
+        let shelf = Shelf::new(&shard, bytes);
+        let (ranks, takeovers) = Default::default();
+        let process =
+            Arc::new(Process { link, engines, options, info, shelf, homes, ranks, takeovers });
+        process.compute(&shard, Role::Home).await?;
         let mut tasks = JoinSet::new();
-        let transport = Arc::new(link.join(&identity, node.sink()).await?);
-        node.connect(Arc::clone(&transport) as Arc<dyn Transport>);
-        let node = Arc::new(node);
-
-        let report = queryable(&link, &report_key(&identity.split, identity.rank)).await?;
-        tasks.spawn(answer_reports(report, Arc::clone(&node)));
-        if node.is_entry() {
-            let described = ClusterInfo {
-                split: identity.split.clone(),
-                nodes: identity.nodes,
-                inputs: node.inputs().to_vec(),
-                outputs: node.outputs().to_vec(),
-                metadata: shard.metadata().to_vec(),
-            };
-            let described = Bytes::from(serde_json::to_vec(&described)?);
-            let info = queryable(&link, &info_key(&identity.split)).await?;
-            tasks.spawn(answer_info(info, described));
-            let asked = queryable(&link, &infer_key(&identity.split)).await?;
-            tasks.spawn(answer_questions(asked, Arc::clone(&node)));
+        let questions = queryable(&process.link, &shard_key(&process.info.split, "*")).await?;
+        tasks.spawn(Arc::clone(&process).hand_out_shards(questions));
+        if options.takeover {
+            tasks.spawn(Arc::clone(&process).gather_shards());
+            tasks.spawn(Arc::clone(&process).stand_in());
         }
-        Ok(Server { node, link, tasks, transport })
+        Ok(Server { process, tasks, _watch: watch })
     }
 
-    /// Ranks that are not there.
+    /// Offers a file that may be the shard of `rank`, so that it need not be fetched from a peer.
+    pub fn offer(&self, rank: usize, bytes: Bytes) -> bool {
+        self.process.shelf.offer(rank, bytes)
+    }
+
+    /// Ranks that nobody computes.
     pub fn missing(&self) -> Vec<usize> {
-        self.node.missing().into_iter().collect()
+        let ranks = self.process.ranks();
+        let home = ranks.get(&self.process.info.rank);
+        home.map(|home| home.node.missing().into_iter().collect()).unwrap_or_default()
     }
 
-    /// What makes this node unable to take part, if anything does.
+    /// Ranks that this process stands in for.
+    pub fn stands_in_for(&self) -> BTreeSet<usize> {
+        let own = self.process.info.rank;
+        self.process.ranks().keys().copied().filter(|&rank| rank != own).collect()
+    }
+
+    /// What makes this process unable to take part, if anything does.
     pub fn fault(&self) -> Option<String> {
-        self.node.fault()
+        let ranks = self.process.ranks();
+        ranks.get(&self.process.info.rank).and_then(|home| home.node.fault())
     }
 
-    /// What the node has counted.
-    pub fn report(&self) -> NodeReport {
-        self.node.report()
+    /// What this process has counted, a report for each rank it computes.
+    pub fn reports(&self) -> Vec<NodeReport> {
+        self.process.ranks().values().map(|computed| computed.node.report()).collect()
+    }
+
+    /// How often this process has taken over a rank.
+    pub fn takeovers(&self) -> u64 {
+        *self.process.takeovers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What this process has recorded, a lane for each rank it computes.
+    pub fn lanes(&self) -> Vec<Lane> {
+        let ranks = self.process.ranks();
+        ranks.iter().map(|(&rank, computed)| computed.node.recorder().lane(rank)).collect()
+    }
+
+    /// The way to the cluster for those who ask this process, over HTTP say.
+    pub fn asker(&self) -> Arc<dyn Asker> {
+        let process = Arc::downgrade(&self.process);
+        let own = move || process.upgrade().map(|process| process.own()).unwrap_or_default();
+        let (session, info) = (self.process.link.session().clone(), &self.process.info);
+        Arc::new(ClusterAsker::new(session, info, Box::new(own)))
     }
 
     /// Leaves the cluster and ends every task and thread.
-    pub async fn shutdown(self) {
-        let Server { node, link, mut tasks, transport } = self;
-        tasks.shutdown().await;
+    pub async fn shutdown(mut self) {
+        self.tasks.shutdown().await;
+        let ranks: Vec<usize> = self.process.ranks().keys().copied().collect();
+        for rank in ranks {
+            self.process.leave(rank).await;
+        }
+        if let Err(error) = self.process.link.close().await {
+            tracing::debug!(%error, "session did not close cleanly");
+        }
+    }
+}
+
+impl Process {
+    fn ranks(&self) -> MutexGuard<'_, BTreeMap<usize, Computed>> {
+        self.ranks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What this process knows of itself.
+    fn own(&self) -> Own {
+        let ranks = self.ranks();
+        let home = ranks.get(&self.info.rank).map(|home| &home.node);
+        Own {
+            reports: ranks.values().map(|computed| computed.node.report()).collect(),
+            missing: home.map(|home| home.missing()).unwrap_or_default(),
+            events: home.map(|home| home.log().latest()).unwrap_or_default(),
+            takeovers: *self.takeovers.lock().unwrap_or_else(PoisonError::into_inner),
+        }
+    }
+
+    /// Notes what has happened, for those who watch.
+    fn note(&self, event: String) {
+        if let Some(home) = self.ranks().get(&self.info.rank) {
+            home.node.log().note(event);
+        }
+    }
+
+    /// Begins to compute a rank.
+    async fn compute(&self, shard: &Shard, role: Role) -> Result<(), ServeError> {
+        let info = shard.identity();
+        let identity =
+            Identity { split: info.split.clone(), rank: info.rank, nodes: info.nodes, role };
+        let engines = Arc::clone(&self.engines);
+        // Loaded before anybody hears of it: from then on it is waited for.
+        let mut node = Node::load(shard, move || engines()).await?;
+        if self.options.trace {
+            node.recorder().start();
+        }
+        let transport = Arc::new(self.link.join(&identity, node.sink()).await?);
+        node.connect(Arc::clone(&transport) as Arc<dyn Transport>);
+        let node = Arc::new(node);
+        let mut answering = JoinSet::new();
+        let asked = answer(self.link.clone(), shard.clone(), Arc::clone(&node), self.options);
+        answering.spawn(asked);
+        self.ranks().insert(info.rank, Computed { node, answering, transport });
+        Ok(())
+    }
+
+    /// Ends computing a rank.
+    async fn leave(&self, rank: usize) {
+        let computed = self.ranks().remove(&rank);
+        let Some(Computed { node, mut answering, transport }) = computed else { return };
+        answering.shutdown().await;
         if let Some(node) = Arc::into_inner(node) {
             node.shutdown().await;
         }
         drop(transport);
-        if let Err(error) = link.close().await {
-            tracing::debug!(%error, "session did not close cleanly");
+    }
+
+    /// Stands in for whoever is gone, as long as the server lives.
+    async fn stand_in(self: Arc<Self>) {
+        let mut homes = self.homes.clone();
+        let nodes = self.info.nodes;
+        // A cluster that is still gathering misses nobody yet.
+        let complete = |homes: &Homes| (0..nodes).all(|rank| homes.contains_key(&rank));
+        if homes.wait_for(complete).await.is_err() {
+            return;
+        }
+        let own = self.link.id();
+        loop {
+            let view = homes.borrow_and_update().clone();
+            let mine = hosts(nodes, &view).into_iter().filter(|(_, who)| who.contains(&own));
+            let wanted: BTreeSet<usize> = mine.map(|(rank, _)| rank).collect();
+            let held: BTreeSet<usize> = self.ranks().keys().copied().collect();
+            for &rank in held.difference(&wanted).filter(|&&rank| rank != self.info.rank) {
+                tracing::info!(rank, "given back");
+                self.note(format!("rank {rank} is given back"));
+                self.leave(rank).await;
+            }
+            let mut failed = false;
+            for &rank in wanted.difference(&held) {
+                failed |= !self.take_over(rank).await;
+            }
+            let again = tokio::time::sleep(TAKE_AGAIN);
+            tokio::select! {
+                changed = homes.changed() => if changed.is_err() { return },
+                () = again, if failed => {}
+            }
         }
     }
+
+    async fn take_over(&self, rank: usize) -> bool {
+        let shard = self.shelf.get(rank).map(Shard::from_bytes);
+        let Some(Ok(shard)) = shard else {
+            tracing::warn!(rank, "cannot stand in: its shard is not here");
+            return false;
+        };
+        tracing::info!(rank, "standing in");
+        match self.compute(&shard, Role::Guest).await {
+            Ok(()) => {
+                *self.takeovers.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+                self.note(format!("standing in for rank {rank}"));
+                true
+            }
+            Err(error) => {
+                tracing::warn!(rank, %error, "cannot stand in");
+                false
+            }
+        }
+    }
+
+    /// Fetches the shards of all ranks from whoever has them.
+    async fn gather_shards(self: Arc<Self>) {
+        loop {
+            let missing = self.shelf.missing();
+            if missing.is_empty() {
+                return;
+            }
+            for rank in missing {
+                if let Err(error) = self.fetch(rank).await {
+                    tracing::debug!(rank, reason = one_line(&error), "shard not fetched");
+                }
+            }
+            tokio::time::sleep(FETCH_AGAIN).await;
+        }
+    }
+
+    async fn fetch(&self, rank: usize) -> zenoh::Result<()> {
+        let key = shard_key(&self.info.split, &rank.to_string());
+        let answers = self
+            .link
+            .session()
+            .get(key)
+            .target(QueryTarget::All)
+            .consolidation(ConsolidationMode::None)
+            .timeout(FETCH_WITHIN)
+            .await?;
+        while let Ok(answer) = answers.recv_async().await {
+            let bytes = answer.into_result().ok().and_then(|sample| into_bytes(sample.payload()));
+            if bytes.is_some_and(|bytes| self.shelf.offer(rank, bytes)) {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives shards to those who ask for them.
+    async fn hand_out_shards(self: Arc<Self>, questions: Questions) {
+        while let Ok(query) = questions.recv_async().await {
+            let asked = query.key_expr().as_str().rsplit('/').next().and_then(|rank| rank.parse().ok());
+            if let Some(rank) = asked.filter(|&rank| rank < self.info.nodes)
+                && let Some(bytes) = self.shelf.get(rank)
+            {
+                reply(&query, shard_key(&self.info.split, &rank.to_string()), bytes).await;
+            }
+        }
+    }
+}
+
+/// Answers whoever asks a rank, as long as it is computed here.
+async fn answer(link: Link, shard: Shard, node: Arc<Node>, options: ServerOptions) {
+    if let Err(error) = try_answer(&link, &shard, &node, options).await {
+        tracing::warn!(%error, "nobody can ask this rank");
+    }
+}
+
+async fn try_answer(
+    link: &Link,
+    shard: &Shard,
+    node: &Arc<Node>,
+    options: ServerOptions,
+) -> Result<(), ServeError> {
+    let info = shard.identity();
+    let reports = queryable(link, &report_key(&info.split, info.rank)).await?;
+    let times = queryable(link, &clock::clock_key(&info.split, info.rank)).await?;
+    let lanes = queryable(link, &clock::trace_key(&info.split, info.rank)).await?;
+    let watched = async {
+        tokio::join!(
+            answer_reports(reports, node),
+            answer_watchers(times, node, clock::time_of),
+            answer_watchers(lanes, node, clock::lane_of),
+        );
+    };
+    if info.rank != info.entry {
+        watched.await;
+        return Ok(());
+    }
+    let described = ClusterInfo {
+        split: info.split.clone(),
+        nodes: info.nodes,
+        inputs: node.inputs().to_vec(),
+        outputs: node.outputs().to_vec(),
+        metadata: shard.metadata().to_vec(),
+    };
+    let described = Bytes::from(serde_json::to_vec(&described)?);
+    let about = queryable(link, &info_key(&info.split)).await?;
+    let asked = queryable(link, &infer_key(&info.split)).await?;
+    tokio::join!(
+        watched,
+        answer_info(about, described),
+        answer_questions(asked, node, options),
+    );
+    Ok(())
 }
 
 type Questions = Queryable<FifoChannelHandler<Query>>;
@@ -123,7 +399,7 @@ async fn answer_info(questions: Questions, described: Bytes) {
     }
 }
 
-async fn answer_reports(questions: Questions, node: Arc<Node>) {
+async fn answer_reports(questions: Questions, node: &Node) {
     while let Ok(query) = questions.recv_async().await {
         match serde_json::to_vec(&node.report()) {
             Ok(report) => reply(&query, questions.key_expr().to_string(), report.into()).await,
@@ -132,41 +408,75 @@ async fn answer_reports(questions: Questions, node: Arc<Node>) {
     }
 }
 
-async fn answer_questions(questions: Questions, node: Arc<Node>) {
+async fn answer_watchers(questions: Questions, node: &Node, answer: fn(&Node) -> Option<Bytes>) {
+    while let Ok(query) = questions.recv_async().await {
+        match answer(node) {
+            Some(answer) => reply(&query, questions.key_expr().to_string(), answer).await,
+            None => tracing::warn!("record not written"),
+        }
+    }
+}
+
+async fn answer_questions(questions: Questions, node: &Arc<Node>, options: ServerOptions) {
     let mut asked = JoinSet::new();
     let key = questions.key_expr().to_string();
     while let Ok(query) = questions.recv_async().await {
         while asked.try_join_next().is_some() {}
-        let (node, key) = (Arc::clone(&node), key.clone());
+        let (node, key) = (Arc::clone(node), key.clone());
         let is_full = asked.len() >= MAX_ASKED;
         asked.spawn(async move {
             let answer = match is_full {
                 true => Reply::Failure(format!("{MAX_ASKED} questions are being answered already")),
-                false => answer_question(&query, &node).await,
+                false => answer_question(&query, &node, options).await,
             };
             reply(&query, key, answer.encode()).await;
         });
     }
 }
 
-async fn answer_question(query: &Query, node: &Node) -> Reply {
+async fn answer_question(query: &Query, node: &Node, options: ServerOptions) -> Reply {
     let question = query.payload().ok_or(wire::WireError::NoFrame).and_then(|payload| {
         let too_large = wire::WireError::TooLarge { bytes: payload.len() };
         Infer::decode(into_bytes(payload).ok_or(too_large)?)
     });
     match question {
         Err(error) => Reply::Failure(error.to_string()),
-        Ok(Infer { within, inputs }) => match node.infer(inputs, within.min(MAX_WITHIN)).await {
-            Ok(answer) => Reply::Answer(answer),
-            Err(error) => Reply::Failure(error.to_string()),
-        },
+        Ok(Infer { within, inputs }) => {
+            let within = within.min(MAX_WITHIN);
+            match infer(node, inputs, within, options).await {
+                Ok(answer) => Reply::Answer(answer),
+                Err(error) => Reply::Failure(error.to_string()),
+            }
+        }
     }
 }
 
-/// Why a node cannot serve.
+/// Runs a request; from its inputs again where a node was lost meanwhile and another stands in.
+async fn infer(
+    node: &Node,
+    inputs: Vec<wire::Tensor>,
+    within: Duration,
+    options: ServerOptions,
+) -> Result<wire::Answer, InferError> {
+    let mut attempts = 1;
+    loop {
+        match node.infer(inputs.clone(), within).await {
+            Err(InferError::PeerLost { reason }) if options.takeover && attempts < MAX_ATTEMPTS => {
+                tracing::debug!(reason, "request is run again");
+                attempts += 1;
+            }
+            answer => return answer,
+        }
+    }
+}
+
+/// Why a process cannot serve.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
+    /// The file is no shard.
+    #[error(transparent)]
+    Shard(#[from] ShardError),
     /// The shard cannot be loaded.
     #[error(transparent)]
     Start(#[from] StartError),

@@ -7,7 +7,7 @@
 //! | kind | frame | after the kind |
 //! |---|---|---|
 //! | 1 | [`TensorFrame`] | dtype `u8`, sender `u16`, request `u64`, transfer `u32`, within `u32` ms, then the elements |
-//! | 2 | [`Cancel`] | zero `u8`, sender `u16`, request `u64`, then the reason, UTF-8 |
+//! | 2 | [`Cancel`] | flags `u8` (1: run again), sender `u16`, request `u64`, then the reason, UTF-8 |
 //! | 3 | [`Infer`] | zero `u8`, zero `u16`, within `u32` ms, then tensors |
 //! | 4 | [`Reply::Answer`] | zero `u8`, flags `u16` (1: degraded), then tensors |
 //! | 5 | [`Reply::Failure`] | zero `u8`, zero `u16`, then the reason, UTF-8 |
@@ -45,6 +45,8 @@ const FAILURE: u8 = 5;
 const PREFIX: usize = 8;
 /// Bytes a [`Cancel`] has beside its reason.
 const CANCEL_HEADER: usize = PREFIX + 8;
+/// Flag of a request that may be run again.
+const AGAIN: u8 = 1;
 /// Flag of an answer that went on without some of its tensors.
 const DEGRADED: u16 = 1;
 
@@ -138,6 +140,8 @@ pub struct Cancel {
     pub from: u16,
     /// The request.
     pub request: u64,
+    /// Whether it may be run again from its inputs: a node was lost, and another may stand in.
+    pub again: bool,
     /// Why, in one sentence.
     pub reason: String,
 }
@@ -147,7 +151,7 @@ impl Cancel {
     pub fn encode(&self) -> Bytes {
         let reason = shortened(&self.reason);
         let mut frame = BytesMut::with_capacity(CANCEL_HEADER + reason.len());
-        prefix(&mut frame, CANCEL, 0, self.from);
+        prefix(&mut frame, CANCEL, u8::from(self.again), self.from);
         frame.put_u64_le(self.request);
         frame.extend_from_slice(reason.as_bytes());
         frame.freeze()
@@ -190,7 +194,8 @@ impl Frame {
             CANCEL => {
                 let head = bytes.get(PREFIX..CANCEL_HEADER).ok_or(WireError::CutShort)?;
                 let reason = read_reason(&bytes[CANCEL_HEADER..])?;
-                Ok(Frame::Cancel(Cancel { from, request: u64_at(head, 0)?, reason }))
+                let request = u64_at(head, 0)?;
+                Ok(Frame::Cancel(Cancel { from, request, again: code & AGAIN != 0, reason }))
             }
             found => Err(WireError::Kind { found }),
         }
@@ -500,8 +505,8 @@ mod tests {
             "534e4e01010102000807060504030201".to_owned() + "07000000d0070000003c00c0"
         );
         assert_eq!(tensor.len(), TENSOR_HEADER + 4);
-        let cancel = Cancel { from: 1, request: 9, reason: "no".into() }.encode();
-        assert_eq!(hex(&cancel), "534e4e010200010009000000000000006e6f");
+        let cancel = Cancel { from: 1, request: 9, again: true, reason: "no".into() }.encode();
+        assert_eq!(hex(&cancel), "534e4e010201010009000000000000006e6f");
         let one = Tensor::new(vec![1, 2], vec![1.0, -2.0]).unwrap();
         let infer = Infer { within: Duration::from_secs(1), inputs: vec![one.clone()] }.encode();
         assert_eq!(
@@ -568,7 +573,8 @@ mod tests {
             let within = Duration::from_millis(ms.into());
             let frame = TensorFrame { dtype: Dtype::F32, from, request, transfer, within, payload };
             prop_assert_eq!(Frame::decode(frame.encode()).unwrap(), Frame::Tensor(frame));
-            let cancel = Cancel { from, request, reason: format!("{transfer}") };
+            let again = ms % 2 == 0;
+            let cancel = Cancel { from, request, again, reason: format!("{transfer}") };
             prop_assert_eq!(Frame::decode(cancel.encode()).unwrap(), Frame::Cancel(cancel));
         }
 

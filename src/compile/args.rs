@@ -34,6 +34,10 @@ Examples:
   snnc show model.shards -o partition.svg
   snnc show model.onnx --policy best.json --nodes 2";
 
+const KEY_HELP: &str = "\
+Example:
+  snnc key new cluster.key";
+
 /// Split one neural network over several devices.
 #[derive(Debug, Parser)]
 #[command(name = "snnc", version, after_help = HELP)]
@@ -53,6 +57,27 @@ pub(crate) enum Command {
     /// Draw a partition: who computes what, and what crosses between nodes
     #[command(after_help = SHOW_HELP)]
     Show(Show),
+    /// Make the key that lets devices into a cluster, and nobody else
+    #[command(subcommand)]
+    Key(Key),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Key {
+    /// Write a new key file, to be copied to every device
+    #[command(after_help = KEY_HELP)]
+    New(NewKey),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct NewKey {
+    /// File to write
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+
+    /// How long the key is good for, in days
+    #[arg(long, value_name = "N", default_value_t = 3650, value_parser = clap::value_parser!(u32).range(1..=36500))]
+    pub(crate) days: u32,
 }
 
 /// What decides how a model is compiled.

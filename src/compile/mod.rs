@@ -6,11 +6,11 @@
 
 pub mod args;
 mod inspect;
+mod key;
 mod output;
 mod show;
 mod split;
 
-use std::fmt::Display;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::path::Path;
@@ -20,12 +20,10 @@ use anyhow::{Context as _, Result};
 use snn_compiler::{CompileError, PolicySource, Source};
 use snn_schemas::policy::MAX_POLICY_BYTES;
 
+use crate::terminal::{self, is_broken_pipe, one_line, print};
 use args::{Args, Command};
 
 pub use output::write;
-
-/// Something went wrong.
-pub const EXIT_ERROR: u8 = 2;
 
 /// Largest model read: ONNX's own limit, what a protobuf message may have.
 const MAX_MODEL_BYTES: u64 = 1 << 31;
@@ -40,7 +38,7 @@ pub fn run(args: Args) -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             complain(&one_line(&error));
-            ExitCode::from(EXIT_ERROR)
+            ExitCode::from(terminal::EXIT_ERROR)
         }
     }
 }
@@ -50,40 +48,13 @@ fn dispatch(args: &Args) -> Result<()> {
         Command::Split(split) => split::split(split),
         Command::Inspect(inspect) => inspect::inspect(inspect),
         Command::Show(show) => show::show(show),
+        Command::Key(args::Key::New(new)) => key::new(new),
     }
 }
 
 /// Writes one line about an error to standard error.
-pub fn complain(reason: &str) {
-    // Without a standard error there is nobody left to tell.
-    let _ = writeln!(io::stderr(), "snnc: {reason}");
-}
-
-/// An error and its causes on one line, each said once.
-fn one_line(error: &anyhow::Error) -> String {
-    let mut line = String::new();
-    for cause in error.chain() {
-        let text = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-        if line.ends_with(&text) {
-            continue;
-        }
-        if !line.is_empty() {
-            line.push_str(": ");
-        }
-        line.push_str(&text);
-    }
-    line
-}
-
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    let kinds = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
-    kinds.into_iter().any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
-}
-
-/// Writes to standard output.
-fn print(text: impl Display) -> Result<()> {
-    let mut output = io::stdout().lock();
-    write!(output, "{text}").and_then(|()| output.flush()).context("standard output")
+fn complain(reason: &str) {
+    terminal::complain("snnc", reason);
 }
 
 /// The bytes of a file of at most `limit` bytes.

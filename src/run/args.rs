@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Parser, Subcommand};
 
+use super::http::Settings;
+
 /// Longest `--timeout`, in seconds: a week; beyond it is a mistake.
 const MAX_TIMEOUT: f64 = 7.0 * 24.0 * 3600.0;
 /// Most `--threads`: more than any device at hand has cores.
@@ -17,12 +19,16 @@ const MAX_REPEAT: i64 = 1_000_000;
 
 const NODE_HELP: &str = "\
 Examples:
-  A node of two, on a device of its own (addresses may also stand in cluster.json):
-      snn-run net.shards/shard_1.onnx --listen 192.168.1.12:7447 --peer 192.168.1.11:7447
+  A node on each device; they find each other on the local network:
+      snn-run net.shards/shard_1.onnx --key cluster.key
+  The same where multicast is blocked (addresses may also stand in cluster.json):
+      snn-run net.shards/shard_1.onnx --key cluster.key --listen 0.0.0.0:7447 --peer 192.168.1.11:7447
   The whole cluster on this machine, timed:
       snn-run --local net.shards --repeat 100
   One answer, checked against a reference:
       snn-run --local net.shards --input x.npy --output y.npy --check reference.npy
+  The whole cluster on this machine, over HTTP: rank r at port 8000 + r, to be watched in a browser:
+      snn-run --local net.shards --http 8000
   Ask a running cluster, at any of its nodes:
       snn-run infer --node 192.168.1.11:7447 cat.png
 
@@ -67,9 +73,34 @@ pub struct Args {
     #[arg(long, value_name = "ADDR", conflicts_with = "local", help_heading = "One node")]
     peer: Vec<String>,
 
+    /// The cluster's key (see snnc key): without it nobody is let in, and nothing leaves unencrypted
+    #[arg(long, value_name = "FILE", conflicts_with = "local", help_heading = "One node")]
+    key: Option<PathBuf>,
+
+    /// Let anybody on the network take part, without a key; otherwise only this machine may
+    #[arg(long, conflicts_with_all = ["local", "key"], help_heading = "One node")]
+    insecure: bool,
+
+    /// Do not stand in for nodes that are gone: requests then end with an error
+    #[arg(long, conflicts_with = "local", help_heading = "One node")]
+    no_takeover: bool,
+
     /// Give up when peers are still missing after this long [default: keep trying]
     #[arg(long, value_name = "SECONDS", value_parser = seconds, conflicts_with = "local", help_heading = "One node")]
     timeout: Option<Duration>,
+
+    /// Serve HTTP at PORT of this machine, or at HOST:PORT; with --local rank r at PORT + r, until
+    /// Ctrl-C or SIGTERM
+    #[arg(long, value_name = "ADDR", conflicts_with_all = ["input", "output", "check", "json", "repeat"], help_heading = "Watching and serving")]
+    http: Option<String>,
+
+    /// How long a request over HTTP may take
+    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds, requires = "http", help_heading = "Watching and serving")]
+    http_within: Duration,
+
+    /// Write what happened when, for Perfetto or chrome://tracing; a node writes its own part at its end
+    #[arg(long, value_name = "FILE", help_heading = "Watching and serving")]
+    trace: Option<PathBuf>,
 
     /// Inputs: .npy (f32, batch first) or PNG or JPEG [default: one input of seeded noise]
     #[arg(long, value_name = "FILE", num_args = 1.., requires = "local", help_heading = "Whole cluster (--local)")]
@@ -106,9 +137,13 @@ pub struct Infer {
     #[arg(value_name = "FILE")]
     pub input: PathBuf,
 
-    /// Address of any node of the cluster
-    #[arg(long, value_name = "ADDR")]
-    pub node: String,
+    /// Address of any node of the cluster; several may be given, should one be gone
+    #[arg(long, value_name = "ADDR", required = true)]
+    pub node: Vec<String>,
+
+    /// The cluster's key
+    #[arg(long, value_name = "FILE")]
+    pub key: Option<PathBuf>,
 
     /// Write the model's output, .npy
     #[arg(long, value_name = "FILE")]
@@ -136,6 +171,16 @@ pub struct Node {
     pub timeout: Option<Duration>,
     /// Compute threads.
     pub threads: usize,
+    /// The cluster's key file.
+    pub key: Option<PathBuf>,
+    /// Whether to listen beyond this machine without a key.
+    pub insecure: bool,
+    /// Whether to stand in for nodes that are gone.
+    pub takeover: bool,
+    /// Where to serve HTTP.
+    pub http: Option<Settings>,
+    /// Where to write what happened when.
+    pub trace: Option<PathBuf>,
 }
 
 /// Run every shard of a folder.
@@ -155,6 +200,10 @@ pub struct Local {
     pub threads: usize,
     /// Whether to print JSON.
     pub json: bool,
+    /// Where to serve HTTP, instead of running inputs.
+    pub http: Option<Settings>,
+    /// Where to write what happened when.
+    pub trace: Option<PathBuf>,
 }
 
 /// What was asked for.
@@ -172,6 +221,8 @@ impl Args {
     /// Which command it is, with its own arguments only.
     pub fn mode(self) -> Mode {
         let threads = usize::from(self.threads);
+        let within = self.http_within;
+        let http = self.http.map(|address| Settings { address, within });
         match (self.command, self.local) {
             (Some(Command::Infer(infer)), _) => Mode::Infer(infer),
             (None, Some(folder)) => Mode::Local(Local {
@@ -182,6 +233,8 @@ impl Args {
                 check: self.check,
                 threads,
                 json: self.json,
+                http,
+                trace: self.trace,
             }),
             (None, None) => Mode::Node(Node {
                 // The group "what" makes clap refuse a command line with neither.
@@ -190,6 +243,11 @@ impl Args {
                 peers: self.peer,
                 timeout: self.timeout,
                 threads,
+                key: self.key,
+                insecure: self.insecure,
+                takeover: !self.no_takeover,
+                http,
+                trace: self.trace,
             }),
         }
     }
@@ -223,7 +281,7 @@ mod tests {
     fn each_command_is_recognised() {
         assert!(matches!(mode("snn-run d/shard_1.onnx --peer a:1 --peer b:2"), Mode::Node(n) if n.peers.len() == 2));
         assert!(matches!(mode("snn-run --local d --input a.npy b.npy --json"), Mode::Local(l) if l.inputs.len() == 2 && l.json));
-        assert!(matches!(mode("snn-run infer --node a:1 x.npy"), Mode::Infer(i) if i.node == "a:1"));
+        assert!(matches!(mode("snn-run infer --node a:1 x.npy"), Mode::Infer(i) if i.node == ["a:1"]));
     }
 
     #[test]
@@ -236,6 +294,9 @@ mod tests {
             "snn-run d/shard_1.onnx --timeout 0",
             "snn-run d/shard_1.onnx --timeout NaN",
             "snn-run --local d --repeat 0",
+            "snn-run --local d --http 8000 --repeat 2",
+            "snn-run --local d --http 8000 --input a.npy",
+            "snn-run d/shard_1.onnx --http-within 3",
         ] {
             assert!(Args::try_parse_from(line.split(' ')).is_err(), "{line}");
         }

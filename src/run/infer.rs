@@ -27,16 +27,18 @@ pub(super) async fn infer(infer: args::Infer) -> Result<ExitCode> {
         done = run(&infer) => done,
         stopped = super::interrupted() => {
             stopped?;
-            bail!("{}: interrupted", infer.node)
+            bail!("{}: interrupted", infer.node.join(", "))
         }
     }
 }
 
 async fn run(infer: &args::Infer) -> Result<ExitCode> {
-    let node = || infer.node.clone();
+    let node = || infer.node.join(", ");
     let deadline = Instant::now() + infer.timeout;
     let left = || deadline.saturating_duration_since(Instant::now());
-    let client = Client::connect(&infer.node, left()).await.context("connect").with_context(node)?;
+    let key = infer.key.as_deref().map(crate::key::read).transpose()?;
+    let connected = Client::connect(&infer.node, key.as_ref(), left()).await;
+    let client = connected.context("connect").with_context(node)?;
     let info = client.info();
     let spec = input_spec(&info.inputs, &info.metadata).context("model").with_context(node)?;
     let requests = input::read(&infer.input, &spec)

@@ -54,12 +54,24 @@ pub fn read(path: &Path, spec: &InputSpec) -> Result<Vec<Array>> {
     if bytes.starts_with(NPY_MAGIC) {
         return into_requests(parse_npy(&bytes)?, &spec.shape);
     }
-    match image::guess_format(&bytes) {
-        Ok(format @ (ImageFormat::Png | ImageFormat::Jpeg)) => {
-            Ok(vec![from_image(&decode(bytes, format)?, spec)?])
-        }
-        _ => bail!("not a .npy, PNG or JPEG file"),
+    match image_format(&bytes) {
+        Some(_) => Ok(vec![picture(bytes, spec)?]),
+        None => bail!("not a .npy, PNG or JPEG file"),
     }
+}
+
+/// Turns the bytes of a PNG or JPEG image into a request.
+///
+/// # Errors
+/// What the bytes are, or why the model takes no images.
+pub fn picture(bytes: Vec<u8>, spec: &InputSpec) -> Result<Array> {
+    let format = image_format(&bytes).context("not a PNG or JPEG image")?;
+    from_image(&decode(bytes, format)?, spec)
+}
+
+fn image_format(bytes: &[u8]) -> Option<ImageFormat> {
+    let taken = |format: &ImageFormat| matches!(format, ImageFormat::Png | ImageFormat::Jpeg);
+    image::guess_format(bytes).ok().filter(taken)
 }
 
 /// Reads a `.npy` file of any shape.

@@ -19,6 +19,7 @@ use std::collections::BTreeSet;
 use std::env;
 use std::ffi::OsString;
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -29,8 +30,10 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use snn_runtime::NodeReport;
 use snn_runtime::client::{Client, ClusterInfo};
+use snn_runtime::watch::trace::Aligned;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::http::Settings;
 use super::input::Array;
 use super::serve::{self, Progress, Setup};
 
@@ -63,6 +66,10 @@ pub struct LocalOptions {
     pub ready_within: Duration,
     /// How long a request may take.
     pub answer_within: Duration,
+    /// Where rank 0 serves HTTP; the others on the ports that follow.
+    pub http: Option<Settings>,
+    /// Whether the nodes record what happens when.
+    pub trace: bool,
 }
 
 impl Default for LocalOptions {
@@ -73,6 +80,8 @@ impl Default for LocalOptions {
             threads: 1,
             ready_within: Duration::from_secs(120),
             answer_within: Duration::from_secs(60),
+            http: None,
+            trace: false,
         }
     }
 }
@@ -82,6 +91,7 @@ impl Default for LocalOptions {
 pub struct LocalCluster {
     client: Client,
     answer_within: Duration,
+    http: Vec<SocketAddr>,
     lost: watch::Receiver<Option<Lost>>,
     // Last, so that the client is gone before the children are told to stop.
     children: Mutex<Children>,
@@ -98,17 +108,19 @@ impl LocalCluster {
         let deadline = Instant::now() + options.ready_within;
         let (sender, mut news) = mpsc::channel(NEWS_QUEUE);
         let mut children = Children::default();
-        let addresses = start_children(&mut children, &shards, &options, (&sender, &mut news)).await?;
+        let places = start_children(&mut children, &shards, &options, (&sender, &mut news)).await?;
         drop(sender);
         wait_ready(&mut children, &mut news, deadline).await?;
 
-        let entry = &addresses[manifest.entry];
-        let client = Client::connect(entry, remaining(deadline)).await.context("entry node")?;
+        let entry = std::slice::from_ref(&places[manifest.entry].address);
+        let connected = Client::connect(entry, None, remaining(deadline)).await;
+        let client = connected.context("entry node")?;
         let (tell, lost) = watch::channel(None);
         // Ends by itself with the last child, whose reader holds the other end.
         tokio::spawn(watch_children(news, tell));
         let children = Mutex::new(children);
-        Ok(LocalCluster { client, answer_within: options.answer_within, lost, children })
+        let http = places.iter().filter_map(|place| place.http).collect();
+        Ok(LocalCluster { client, answer_within: options.answer_within, http, lost, children })
     }
 
     /// What the cluster takes and gives.
@@ -147,6 +159,30 @@ impl LocalCluster {
             true => Ok(reports),
             false => bail!("{found} of {nodes} nodes report"),
         }
+    }
+
+    /// What the nodes have recorded, on one time axis.
+    ///
+    /// # Errors
+    /// A node that does not answer.
+    pub async fn trace(&self) -> Result<Vec<Aligned>> {
+        let lanes = self.client.trace(self.answer_within).await?;
+        let (found, nodes) = (lanes.len(), self.info().nodes);
+        match found == nodes {
+            true => Ok(lanes),
+            false => bail!("{found} of {nodes} nodes gave what they recorded"),
+        }
+    }
+
+    /// Where the nodes serve HTTP, by rank; nowhere unless asked to.
+    pub fn http_addresses(&self) -> &[SocketAddr] {
+        &self.http
+    }
+
+    /// Waits until a node dies, and says which and why.
+    pub async fn failure(&self) -> anyhow::Error {
+        let lost = self.next_loss().await;
+        self.explain(lost)
     }
 
     /// Process ids of the nodes, by rank.
@@ -192,6 +228,7 @@ struct Lost {
 #[derive(Debug)]
 enum News {
     Listening(String),
+    Http(SocketAddr),
     Ready,
     Failed(String),
     Ended,
@@ -206,6 +243,15 @@ struct Orders {
     shard: PathBuf,
     peers: Vec<String>,
     threads: usize,
+    http: Option<Settings>,
+    trace: bool,
+}
+
+/// Where a child can be reached.
+#[derive(Debug)]
+struct Place {
+    address: String,
+    http: Option<SocketAddr>,
 }
 
 async fn start_children(
@@ -213,29 +259,35 @@ async fn start_children(
     shards: &[PathBuf],
     options: &LocalOptions,
     (sender, news): (&Sender, &mut Receiver),
-) -> Result<Vec<String>> {
-    let mut addresses = Vec::with_capacity(shards.len());
+) -> Result<Vec<Place>> {
+    let mut places: Vec<Place> = Vec::with_capacity(shards.len());
     for (rank, shard) in shards.iter().enumerate() {
         let orders = Orders {
             shard: shard.clone(),
-            peers: addresses.clone(),
+            peers: places.iter().map(|place| place.address.clone()).collect(),
             threads: options.threads,
+            http: options.http.as_ref().map(|http| http.of_rank(rank)).transpose()?,
+            trace: options.trace,
         };
         children.0.push(NodeProcess::spawn(rank, &orders, options, sender.clone())?);
-        addresses.push(wait_listening(children, rank, news).await?);
+        places.push(wait_listening(children, rank, news).await?);
     }
-    Ok(addresses)
+    Ok(places)
 }
 
 async fn wait_listening(
     children: &mut Children,
     awaited: usize,
     news: &mut Receiver,
-) -> Result<String> {
+) -> Result<Place> {
     let deadline = Instant::now() + LISTEN_WITHIN;
+    let mut http = None;
     loop {
         match next_news(news, deadline).await {
-            Some((rank, News::Listening(address))) if rank == awaited => return Ok(address),
+            Some((rank, News::Http(address))) if rank == awaited => http = Some(address),
+            Some((rank, News::Listening(address))) if rank == awaited => {
+                return Ok(Place { address, http });
+            }
             Some((rank, News::Failed(reason))) => {
                 return Err(children.explain(&Lost { rank, reason: Some(reason) }));
             }
@@ -259,7 +311,7 @@ async fn wait_ready(
                 return Err(children.explain(&Lost { rank, reason: Some(reason) }));
             }
             Some((rank, News::Ended)) => return Err(children.explain(&Lost { rank, reason: None })),
-            Some((_, News::Listening(_))) => {}
+            Some((_, News::Http(_) | News::Listening(_))) => {}
             None => bail!("{} not ready in time", serve::ranks(&waiting)),
         }
     }
@@ -275,7 +327,7 @@ async fn watch_children(mut news: Receiver, tell: watch::Sender<Option<Lost>>) {
         let reason = match event {
             News::Failed(reason) => Some(reason),
             News::Ended => None,
-            News::Listening(_) | News::Ready => continue,
+            News::Listening(_) | News::Http(_) | News::Ready => continue,
         };
         tell.send_if_modified(|lost| {
             let first = lost.is_none();
@@ -403,6 +455,10 @@ fn read_lines(rank: usize, output: ChildStdout, tell: &Sender) {
         }
         let news = match line.trim_end().split_once(' ') {
             Some(("listening", address)) => News::Listening(address.to_owned()),
+            Some(("http", address)) => match address.parse() {
+                Ok(address) => News::Http(address),
+                Err(_) => News::Failed(format!("no address: {address}")),
+            },
             Some(("failed", reason)) => News::Failed(reason.to_owned()),
             None if line.trim_end() == "ready" => News::Ready,
             _ => News::Failed("this executable does not serve as a node".to_owned()),
@@ -424,8 +480,8 @@ pub fn serve_if_child() -> Option<ExitCode> {
     Some(match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            say(&format!("failed {}", super::one_line(&error)));
-            ExitCode::from(super::EXIT_ERROR)
+            say(&format!("failed {}", crate::terminal::one_line(&error)));
+            ExitCode::from(crate::terminal::EXIT_ERROR)
         }
     })
 }
@@ -438,10 +494,18 @@ fn serve_child(orders: &Orders) -> Result<()> {
         peers: orders.peers.clone(),
         timeout: None,
         threads: orders.threads,
+        key: None,
+        insecure: false,
+        // Where a process of one machine dies, that is worth knowing, not hiding.
+        takeover: false,
+        http: orders.http.clone(),
+        trace: orders.trace,
+        trace_file: None,
     };
     let tell = |progress: Progress<'_>| match progress {
         Progress::Listening(address) => say(&format!("listening {address}")),
-        Progress::Waiting(_) => {}
+        Progress::Http(address) => say(&format!("http {address}")),
+        Progress::Waiting(_) | Progress::StandingIn(_) => {}
         Progress::Ready => say("ready"),
     };
     let stop = async {
@@ -468,7 +532,7 @@ fn follow_lifeline() -> Result<oneshot::Receiver<()>> {
 
 #[allow(clippy::exit, reason = "the last resort against a process that nobody owns any more")]
 fn exit_now() {
-    std::process::exit(i32::from(super::EXIT_ERROR));
+    std::process::exit(i32::from(crate::terminal::EXIT_ERROR));
 }
 
 /// Tells the parent something. A parent that is gone is noticed by the lifeline.

@@ -5,11 +5,13 @@
 //! examples and tests start clusters with is [`local::LocalCluster`].
 
 pub mod args;
+pub mod http;
 mod infer;
 pub mod input;
 pub mod local;
 mod report;
 mod serve;
+mod trace;
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal as _, Write as _};
@@ -18,13 +20,11 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use tracing_subscriber::EnvFilter;
 
+use crate::terminal;
 use args::{Args, Mode};
 
 /// The answer is no: `--check` found a difference.
 pub const EXIT_DIFFERENT: u8 = 1;
-/// Something went wrong.
-pub const EXIT_ERROR: u8 = 2;
-
 /// Environment variable that says what is logged, as `tracing` filters are written.
 const LOG_VARIABLE: &str = "SNN_LOG";
 /// What is logged otherwise: our own warnings. Zenoh's describe what it tries again by itself.
@@ -41,34 +41,17 @@ pub fn run(args: Args) -> ExitCode {
         Mode::Infer(infer) => block_on(infer::infer(infer)),
     };
     done.unwrap_or_else(|error| {
-        if is_broken_pipe(&error) {
+        if terminal::is_broken_pipe(&error) {
             return ExitCode::SUCCESS;
         }
-        complain(&one_line(&error));
-        ExitCode::from(EXIT_ERROR)
+        complain(&terminal::one_line(&error));
+        ExitCode::from(terminal::EXIT_ERROR)
     })
 }
 
 /// Writes one line about an error to standard error.
-pub fn complain(reason: &str) {
-    // Without a standard error there is nobody left to tell.
-    let _ = writeln!(io::stderr(), "snn-run: {reason}");
-}
-
-/// An error and its causes on one line, each said once.
-pub fn one_line(error: &anyhow::Error) -> String {
-    let mut line = String::new();
-    for cause in error.chain() {
-        let text = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-        if line.ends_with(&text) {
-            continue;
-        }
-        if !line.is_empty() {
-            line.push_str(": ");
-        }
-        line.push_str(&text);
-    }
-    line
+fn complain(reason: &str) {
+    terminal::complain("snn-run", reason);
 }
 
 /// Logs to standard error what [`LOG_VARIABLE`] asks for.
@@ -90,22 +73,15 @@ fn block_on<T>(task: impl Future<Output = Result<T>>) -> Result<T> {
     runtime.block_on(task)
 }
 
-/// Writes to standard output; its error for a reader that has gone is recognised by [`run`].
+/// Writes a line to standard output.
 fn print(text: impl Display) -> Result<()> {
-    let mut output = io::stdout().lock();
-    writeln!(output, "{text}").and_then(|()| output.flush()).context("standard output")
+    terminal::print(format_args!("{text}\n"))
 }
 
 /// Writes a line of progress to standard error.
 fn progress(text: impl Display) {
     // Progress that nobody can read is no reason to stop.
     let _ = writeln!(io::stderr(), "{text}");
-}
-
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    let broken = |cause: &io::Error| cause.kind() == io::ErrorKind::BrokenPipe;
-    error.downcast_ref::<io::Error>().is_some_and(broken)
-        || error.chain().any(|cause| cause.downcast_ref::<io::Error>().is_some_and(broken))
 }
 
 /// Waits for Ctrl-C or SIGTERM.
@@ -121,18 +97,4 @@ async fn interrupted() -> Result<()> {
     }
     #[cfg(not(unix))]
     tokio::signal::ctrl_c().await.context("signals")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn causes_are_said_once_and_on_one_line() {
-        let inner = io::Error::other("no\nspace");
-        let error = anyhow::Error::new(inner).context("write").context("y.npy");
-        assert_eq!(one_line(&error), "y.npy: write: no space");
-        let repeated = anyhow::anyhow!("a: b").context("x: a: b");
-        assert_eq!(one_line(&repeated), "x: a: b");
-    }
 }

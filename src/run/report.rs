@@ -18,7 +18,7 @@ use super::args;
 use super::infer::{input_spec, single};
 use super::input::{self, Array};
 use super::local::{LocalCluster, LocalOptions};
-use super::serve;
+use super::{http, serve, trace};
 
 /// Largest difference that `--check` takes for the same answer.
 const TOLERANCE: f32 = 1e-4;
@@ -44,6 +44,9 @@ struct NodeMeans {
 
 /// Runs `snn-run --local`.
 pub(super) async fn local(local: args::Local) -> Result<ExitCode> {
+    if local.http.is_some() {
+        return http::local(local).await;
+    }
     let work = run(&local);
     // Whichever branch ends first, the cluster goes with `work` and takes its children along.
     tokio::select! {
@@ -59,10 +62,14 @@ async fn run(local: &args::Local) -> Result<ExitCode> {
     // Whatever can be wrong with the files is found before anything is started.
     let requests = requests(local)?;
     let reference = local.check.as_deref().map(read_reference).transpose()?;
-    let options = LocalOptions { threads: local.threads, ..LocalOptions::default() };
+    let trace = local.trace.is_some();
+    let options = LocalOptions { threads: local.threads, trace, ..LocalOptions::default() };
     let cluster = LocalCluster::start(&local.folder, options).await?;
     let outputs = answers(&cluster, &requests).await?;
     let measured = measure(&cluster, &requests, local.repeat).await?;
+    if let Some(path) = &local.trace {
+        trace::write(&cluster.trace().await?, path)?;
+    }
     cluster.stop().await.with_context(|| local.folder.display().to_string())?;
 
     match local.json {

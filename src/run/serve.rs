@@ -9,18 +9,23 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read as _;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use snn_runtime::serve::Server;
+use bytes::Bytes;
+use snn_runtime::serve::{Server, ServerOptions};
 use snn_runtime::transport::zenoh::{DEFAULT_LISTEN, Link, Options};
-use snn_runtime::Shard;
+use snn_runtime::{Engine, Shard, TractEngine};
 use snn_schemas::manifest::{MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest};
 
-use super::args;
+use super::{args, http, trace};
 
+/// Where a node listens that others may reach: on every interface, on a free port.
+const ANYWHERE: &str = "0.0.0.0:0";
 /// How often the list of missing peers is looked at, to say what has changed.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How long ending may take: leaving the cluster takes milliseconds, a segment perhaps a second.
@@ -39,6 +44,18 @@ pub(super) struct Setup {
     pub(super) timeout: Option<Duration>,
     /// Compute threads.
     pub(super) threads: usize,
+    /// The cluster's key file.
+    pub(super) key: Option<PathBuf>,
+    /// Whether to listen beyond this machine without a key.
+    pub(super) insecure: bool,
+    /// Whether to stand in for nodes that are gone.
+    pub(super) takeover: bool,
+    /// Where to serve HTTP.
+    pub(super) http: Option<http::Settings>,
+    /// Whether to record what happens when.
+    pub(super) trace: bool,
+    /// Where to write it at the end.
+    pub(super) trace_file: Option<PathBuf>,
 }
 
 /// How far a node has come.
@@ -46,10 +63,14 @@ pub(super) struct Setup {
 pub(super) enum Progress<'a> {
     /// It can be connected to at this address.
     Listening(&'a str),
+    /// HTTP will be answered at this address.
+    Http(SocketAddr),
     /// These ranks are missing.
     Waiting(&'a BTreeSet<usize>),
-    /// Everybody is there.
+    /// Everybody is there, or somebody stands in for them.
     Ready,
+    /// This node stands in for these ranks.
+    StandingIn(&'a BTreeSet<usize>),
 }
 
 /// Runs `snn-run SHARD.onnx`.
@@ -60,17 +81,33 @@ pub(super) async fn node(node: args::Node) -> Result<ExitCode> {
         peers: node.peers,
         timeout: node.timeout,
         threads: node.threads,
+        key: node.key,
+        insecure: node.insecure,
+        takeover: node.takeover,
+        http: node.http,
+        trace: node.trace.is_some(),
+        trace_file: node.trace,
     };
     let tell = |progress: Progress<'_>| match progress {
         Progress::Listening(address) => super::progress(format_args!("listening on {address}")),
+        Progress::Http(address) => {
+            super::progress(format_args!("http://{address}"));
+            if let Some(warning) = http::warning(address) {
+                super::progress(warning);
+            }
+        }
         Progress::Waiting(missing) => {
             super::progress(format_args!("waiting for {}", ranks(missing)));
         }
         Progress::Ready => super::progress("ready"),
+        Progress::StandingIn(taken) if taken.is_empty() => super::progress("standing in for nobody"),
+        Progress::StandingIn(taken) => {
+            super::progress(format_args!("standing in for {}", ranks(taken)));
+        }
     };
     let stop = async {
         if let Err(error) = super::interrupted().await {
-            super::complain(&super::one_line(&error));
+            super::complain(&crate::terminal::one_line(&error));
         }
     };
     serve(&setup, &tell, stop).await?;
@@ -85,49 +122,87 @@ pub(super) async fn serve(
 ) -> Result<()> {
     let file = setup.shard.display().to_string();
     tokio::pin!(stop);
-    let server = tokio::select! {
+    let (server, http) = tokio::select! {
         () = &mut stop => return Ok(()),
-        server = start(setup, tell) => server.with_context(|| file.clone())?,
+        started = start(setup, tell) => started.with_context(|| file.clone())?,
     };
     let done = tokio::select! {
         () = &mut stop => Ok(()),
-        done = stay(&server, setup.timeout, tell) => done.with_context(|| file),
+        done = stay(&server, setup, tell) => done.with_context(|| file),
+    };
+    if let Some(http) = http {
+        http.stop().await;
+    }
+    let written = match &setup.trace_file {
+        Some(path) => trace::write(&trace::by_wall_clock(server.lanes()), path),
+        None => Ok(()),
     };
     let ended = tokio::time::timeout(STOP_WITHIN, server.shutdown()).await;
     if ended.is_err() {
         tracing::warn!("the node took too long to end and was left");
     }
-    done
+    done.and(written)
 }
 
-async fn start(setup: &Setup, tell: &(dyn Fn(Progress<'_>) + Sync)) -> Result<Server> {
-    let bytes = fs::read(&setup.shard).context("read")?;
-    let shard = Shard::from_bytes(bytes.into()).context("shard")?;
-    let options = options(setup, &shard).context("addresses")?;
+async fn start(
+    setup: &Setup,
+    tell: &(dyn Fn(Progress<'_>) + Sync),
+) -> Result<(Server, Option<http::Serving>)> {
+    let bytes = Bytes::from(fs::read(&setup.shard).context("read")?);
+    let shard = Shard::from_bytes(bytes.clone()).context("shard")?;
+    let folder = setup.shard.parent().unwrap_or(Path::new(""));
+    let manifest = beside(folder, &shard).context("addresses")?;
+    let options = options(setup, &shard, manifest.as_ref())?;
+    let http = match &setup.http {
+        Some(settings) => Some(http::claim(settings).await?),
+        None => None,
+    };
+    if let Some(http) = &http {
+        tell(Progress::Http(http.address()));
+    }
     let link = Link::open(&options).await.context("listen")?;
     tell(Progress::Listening(link.address()));
     let threads = setup.threads;
-    let engine = move || snn_runtime::TractEngine::new(threads);
-    Server::start(link, shard, engine).await.context("load")
+    let engines = Arc::new(move || Box::new(TractEngine::new(threads)) as Box<dyn Engine>);
+    let takeover = ServerOptions { takeover: setup.takeover, trace: setup.trace };
+    let server = Server::start(link, bytes, engines, takeover).await.context("load")?;
+    if let Some(manifest) = manifest.filter(|_| setup.takeover) {
+        for node in manifest.nodes {
+            // A device may have been given its own shard only; peers have the others.
+            if let Ok(bytes) = fs::read(folder.join(&node.shard)) {
+                server.offer(node.rank, bytes.into());
+            }
+        }
+    }
+    let http = http.map(|http| http.serve(server.asker()));
+    Ok((server, http))
 }
 
 /// Waits for the peers, then for a fault, which is for ever on a sound cluster.
 async fn stay(
     server: &Server,
-    timeout: Option<Duration>,
+    setup: &Setup,
     tell: &(dyn Fn(Progress<'_>) + Sync),
 ) -> Result<()> {
-    let deadline = timeout.map(|timeout| Instant::now() + timeout);
+    let deadline = setup.timeout.map(|timeout| Instant::now() + timeout);
     let mut told = None;
+    let mut told_taken = BTreeSet::new();
     loop {
-        if let Some(fault) = server.fault() {
+        // Others may meet by multicast; somebody who was named is meant to be of the same cluster.
+        if let Some(fault) = server.fault().filter(|_| !setup.is_open()) {
             bail!("peers: {fault}");
         }
         let missing: BTreeSet<usize> = server.missing().into_iter().collect();
         let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
         let ever_ready = told.as_ref().is_some_and(BTreeSet::is_empty);
         if !missing.is_empty() && late && !ever_ready {
-            bail!("peers: {} missing after {} s", ranks(&missing), seconds(timeout));
+            bail!("peers: {} missing after {} s", ranks(&missing), seconds(setup.timeout));
+        }
+        let taken = server.stands_in_for();
+        if taken != told_taken {
+            tell(Progress::StandingIn(&taken));
+            told_taken = taken;
+            told = None;
         }
         if told.as_ref() != Some(&missing) {
             match missing.is_empty() {
@@ -140,35 +215,47 @@ async fn stay(
     }
 }
 
+impl Setup {
+    /// Whether the node can be reached from other machines, and so looks for them.
+    fn is_open(&self) -> bool {
+        self.key.is_some() || self.insecure
+    }
+}
+
 fn seconds(timeout: Option<Duration>) -> f64 {
     timeout.unwrap_or_default().as_secs_f64()
 }
 
-/// Where the node listens and connects to, from the command line and the manifest beside the shard.
-fn options(setup: &Setup, shard: &Shard) -> Result<Options> {
-    let folder = setup.shard.parent().unwrap_or(Path::new(""));
-    let manifest = match folder.join(MANIFEST_FILE).exists() {
-        true => Some(read_manifest(folder)?),
-        false => None,
+/// The manifest beside a shard, where there is one, which must be of the same split.
+fn beside(folder: &Path, shard: &Shard) -> Result<Option<Manifest>> {
+    let Some(info) = shard.info().filter(|_| folder.join(MANIFEST_FILE).exists()) else {
+        return Ok(None);
     };
+    let manifest = read_manifest(folder)?;
+    ensure!(
+        manifest.split == info.split,
+        "{MANIFEST_FILE} beside it is of split {}, the shard of {}",
+        short(&manifest.split),
+        short(&info.split)
+    );
+    Ok(Some(manifest))
+}
+
+/// Where the node listens and connects to, from the command line and the manifest beside the shard.
+fn options(setup: &Setup, shard: &Shard, manifest: Option<&Manifest>) -> Result<Options> {
     let mut peers = setup.peers.clone();
     let mut own = None;
-    if let (Some(manifest), Some(info)) = (manifest, shard.info()) {
-        ensure!(
-            manifest.split == info.split,
-            "{MANIFEST_FILE} beside it is of split {}, the shard of {}",
-            short(&manifest.split),
-            short(&info.split)
-        );
-        for node in manifest.nodes {
-            match node.rank == info.rank {
-                true => own = node.address,
-                false => peers.extend(node.address),
-            }
+    for node in manifest.into_iter().flat_map(|manifest| &manifest.nodes) {
+        match node.rank == shard.identity().rank {
+            true => own = node.address.clone(),
+            false => peers.extend(node.address.clone()),
         }
     }
-    let listen = setup.listen.clone().or(own).unwrap_or_else(|| DEFAULT_LISTEN.to_owned());
-    Ok(Options { listen, peers })
+    let everywhere = if setup.is_open() { ANYWHERE } else { DEFAULT_LISTEN };
+    let listen = setup.listen.clone().or(own).unwrap_or_else(|| everywhere.to_owned());
+    let key = setup.key.as_deref().map(crate::key::read).transpose()?;
+    let scout = setup.is_open().then(|| shard.identity().split.clone());
+    Ok(Options { listen, peers, key, insecure: setup.insecure, scout })
 }
 
 /// Reads the manifest of a folder.

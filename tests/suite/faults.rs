@@ -57,7 +57,7 @@ async fn malformed_frames_harm_no_request() {
         give(frame(transfer.into(), transfer, 0).encode());
     }
     give(Bytes::from(vec![0; MAX_FRAME + 1]));
-    give(Cancel { from: 1, request: 99, reason: "nobody asked".into() }.encode());
+    give(Cancel { from: 1, request: 99, again: false, reason: "nobody asked".into() }.encode());
     assert_answers(&cluster, &net).await;
 }
 

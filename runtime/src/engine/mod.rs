@@ -25,6 +25,12 @@ pub trait Engine {
     fn load(&mut self, program: &Program) -> Result<Box<dyn Executor>, EngineError>;
 }
 
+impl Engine for Box<dyn Engine> {
+    fn load(&mut self, program: &Program) -> Result<Box<dyn Executor>, EngineError> {
+        (**self).load(program)
+    }
+}
+
 /// Computes a loaded program for any number of requests.
 pub trait Executor {
     /// Memory for a request: empty slots.

@@ -1,4 +1,4 @@
-//! The transport between devices: zenoh peers over TCP.
+//! The transport between devices: zenoh peers over TCP, or mutual TLS for those with a key.
 //!
 //! Takes [`Options`] (where to listen, whom to connect to) and gives first a [`Link`], which is bound
 //! and connecting but in no cluster yet, and from it, with the node's [`Identity`] and sink, a
@@ -6,12 +6,15 @@
 //!
 //! - Frames to one rank arrive whole and in order, or the connection ends and `PeerDown` says so.
 //! - `PeerUp` is given only once frames to that rank arrive: a node announces itself
-//!   (`snn/alive/<split>/<rank>/<session>`, a liveliness token) after it listens to its frames
+//!   (`snn/alive/<split>/<rank>/<role>/<session>`, a liveliness token) after it listens to its frames
 //!   (`snn/<split, first 16 digits>/<rank>`). Nodes of other splits are announced too, so that the
 //!   node can refuse them.
+//! - Whenever one of those who compute a rank leaves, `PeerDown` is given, even if another is left
+//!   (then `PeerUp` follows at once): what the one knew of requests in flight the other may not.
 //! - Lost connections are tried again for as long as the link lives.
-//! - Nothing is looked for by multicast. Connected nodes tell each other whom they know (gossip), so
-//!   one address of a cluster is enough to join all of it.
+//! - Connected nodes tell each other whom they know (gossip), so one address of a cluster is enough
+//!   to join all of it; none is needed where multicast reaches ([`Options::scout`]).
+//! - With a [`ClusterKey`] nothing is said to anybody who cannot prove to have it.
 //!
 //! A payload is handed to zenoh without a copy, and copied once on arrival.
 
@@ -21,7 +24,10 @@ use std::net::{TcpListener, ToSocketAddrs as _};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
+use tokio::sync::watch;
 use zenoh::bytes::ZBytes;
 use zenoh::liveliness::LivelinessToken;
 use zenoh::pubsub::{Publisher, Subscriber};
@@ -30,6 +36,8 @@ use zenoh::sample::{Sample, SampleKind};
 use zenoh::{Config, Session, Wait as _};
 
 use super::{BoxFuture, Event, Sink, Transport, TransportError};
+use crate::key::ClusterKey;
+use crate::membership::{ALIVE, Announcement, Homes, Role};
 
 /// Where a node listens when nobody says otherwise: on this machine only, on a free port.
 pub const DEFAULT_LISTEN: &str = "tcp/127.0.0.1:0";
@@ -41,8 +49,9 @@ pub const MAX_MESSAGE: usize = snn_schemas::wire::MAX_FRAME + MESSAGE_SLACK;
 /// What zenoh adds to a payload at most: key, sizes, sequence numbers.
 const MESSAGE_SLACK: usize = 4096;
 /// Silence after which a connection counts as lost, in ms; zenoh says something four times as often.
-/// A device that loses power is noticed after this; a process that dies, at once.
-const LEASE_MS: u64 = 4_000;
+/// A device that loses power is noticed after this, within the second that is promised; a process that
+/// dies, at once.
+const LEASE_MS: u64 = 800;
 /// How long a full send queue may block before the connection is closed, in µs: longer than any
 /// hiccup of a working network, shorter than what a request may take.
 const BLOCK_LIMIT_US: u64 = 5_000_000;
@@ -59,18 +68,43 @@ const PORT_ATTEMPTS: usize = 16;
 /// not to matter (zenoh sends a key once a connection, and its number afterwards).
 const SPLIT_DIGITS: usize = 16;
 
-/// Where to listen, and whom to connect to.
+/// Where to listen, whom to connect to, and whom to trust.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Address to listen on; port 0 takes a free one.
     pub listen: String,
     /// Addresses of other nodes; one of a cluster is enough, more do no harm.
     pub peers: Vec<String>,
+    /// What the members of the cluster have in common. With it every connection is mutual TLS;
+    /// without, anybody who can connect takes part.
+    pub key: Option<ClusterKey>,
+    /// Whether to listen beyond this machine without a key.
+    pub insecure: bool,
+    /// Looks by multicast for others who look for the same name; nobody is looked for without one.
+    pub scout: Option<String>,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { listen: DEFAULT_LISTEN.to_owned(), peers: Vec::new() }
+        Options {
+            listen: DEFAULT_LISTEN.to_owned(),
+            peers: Vec::new(),
+            key: None,
+            insecure: false,
+            scout: None,
+        }
+    }
+}
+
+impl Options {
+    /// Refuses to listen beyond this machine where neither a key nor the user's own word allows it.
+    fn check(&self) -> Result<(), LinkError> {
+        let place = place(&self.listen);
+        let local = place.to_socket_addrs().is_ok_and(|mut found| found.all(|a| a.ip().is_loopback()));
+        match self.key.is_some() || self.insecure || local {
+            true => Ok(()),
+            false => Err(LinkError::Exposed { address: place.to_owned() }),
+        }
     }
 }
 
@@ -83,21 +117,31 @@ pub struct Identity {
     pub rank: usize,
     /// Nodes of the cluster.
     pub nodes: usize,
+    /// Whether the process was started for this rank, or stands in for another.
+    pub role: Role,
 }
 
-/// Brings an address into zenoh's form: `tcp/host:port`, where `tcp/` may be left out.
+/// `host:port` of an address in any of its forms.
+fn place(address: &str) -> &str {
+    address.strip_prefix("tcp/").or(address.strip_prefix("tls/")).unwrap_or(address)
+}
+
+/// Brings an address into zenoh's form: `tcp/host:port`, or `tls/host:port` for those with a key,
+/// where the scheme may be left out.
 ///
 /// # Errors
 /// [`LinkError::Address`] for anything else.
-pub fn parse_address(text: &str) -> Result<String, LinkError> {
-    let place = text.strip_prefix("tcp/").unwrap_or(text);
+pub fn parse_address(text: &str, key: Option<&ClusterKey>) -> Result<String, LinkError> {
+    let place = place(text);
     let sound = place.rsplit_once(':').is_some_and(|(host, port)| {
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_.[]:%".contains(c);
         !host.is_empty() && host.chars().all(plain) && port.parse::<u16>().is_ok()
     });
-    match sound {
-        true => Ok(format!("tcp/{place}")),
-        false => Err(LinkError::Address { found: text.to_owned() }),
+    let scheme = if key.is_some() { "tls" } else { "tcp" };
+    let fits = text == place || text.starts_with(scheme);
+    match sound && fits {
+        true => Ok(format!("{scheme}/{place}")),
+        false => Err(LinkError::Address { found: text.to_owned(), scheme }),
     }
 }
 
@@ -116,13 +160,15 @@ impl Link {
     /// # Errors
     /// An unusable address, or one that cannot be bound.
     pub async fn open(options: &Options) -> Result<Link, LinkError> {
-        let listen = parse_address(&options.listen)?;
+        options.check()?;
+        let key = options.key.as_ref();
+        let listen = parse_address(&options.listen, key)?;
         let peers: Vec<String> =
-            options.peers.iter().map(|peer| parse_address(peer)).collect::<Result<_, _>>()?;
+            options.peers.iter().map(|peer| parse_address(peer, key)).collect::<Result<_, _>>()?;
         let mut last = String::new();
         for _ in 0..PORT_ATTEMPTS {
             let address = free_address(&listen)?;
-            match zenoh::open(node_config(&address, &peers)?).await {
+            match zenoh::open(node_config(&address, &peers, options)?).await {
                 Ok(session) => return Ok(Link { session, address }),
                 Err(error) => last = one_line(&error),
             }
@@ -148,9 +194,14 @@ impl Link {
         let publishers = self.publishers(identity).await?;
         let frames = self.frames(identity, sink.clone()).await?;
         let peers = self.peers(identity, sink).await?;
-        let zid = self.session.zid();
-        let key = format!("{ALIVE}/{}/{}/{zid}", identity.split, identity.rank);
-        let token = self.session.liveliness().declare_token(key).await.map_err(session_error)?;
+        let announcement = Announcement {
+            split: identity.split.clone(),
+            rank: identity.rank,
+            role: identity.role,
+            session: self.id(),
+        };
+        let token = self.session.liveliness().declare_token(announcement.key());
+        let token = token.await.map_err(session_error)?;
         Ok(ZenohTransport { publishers, _frames: frames, _peers: peers, _token: token })
     }
 
@@ -183,35 +234,68 @@ impl Link {
     }
 
     async fn peers(&self, identity: &Identity, sink: Sink) -> Result<Subscriber<()>, LinkError> {
-        let own = self.session.zid().to_string();
+        let (own, rank) = (self.id(), identity.rank);
         let cluster = identity.split.clone();
         let present = Mutex::new(Presence::default());
-        let on_token = move |sample: Sample| {
-            let key = sample.key_expr().as_str();
-            let Some((split, rank, session)) = parse_alive(key) else {
-                tracing::warn!(key, "unknown announcement ignored");
-                return;
-            };
-            if session == own {
+        let on_token = move |announcement: Announcement, up: bool| {
+            if announcement.session == own && announcement.rank == rank {
                 return;
             }
             // The lock is held while the sink is told, so that it hears of changes in their order.
             let mut present = present.lock().unwrap_or_else(PoisonError::into_inner);
-            let up = sample.kind() == SampleKind::Put;
-            match present.change(split, rank, session, up) {
-                // That a node of another split has left says nothing about ours.
-                Some(Event::PeerDown { .. }) if split != cluster => {}
-                Some(event) => sink(event),
-                None => {}
+            for event in present.change(announcement, up, &cluster) {
+                sink(event);
+            }
+        };
+        self.announcements(format!("{ALIVE}/**"), on_token).await
+    }
+
+    /// Tells `take` of every announcement under `keys` that is made (true) or ends (false).
+    async fn announcements(
+        &self,
+        keys: String,
+        take: impl Fn(Announcement, bool) + Send + Sync + 'static,
+    ) -> Result<Subscriber<()>, LinkError> {
+        let on_token = move |sample: Sample| match Announcement::parse(sample.key_expr().as_str()) {
+            Some(announcement) => take(announcement, sample.kind() == SampleKind::Put),
+            None => {
+                let key = sample.key_expr().as_str();
+                tracing::warn!(key, "unknown announcement ignored");
             }
         };
         self.session
             .liveliness()
-            .declare_subscriber(format!("{ALIVE}/**"))
+            .declare_subscriber(keys)
             .history(true)
             .callback(on_token)
             .await
             .map_err(session_error)
+    }
+
+    /// Who is at home at which rank of a split, now and from now on, while the result is kept.
+    ///
+    /// # Errors
+    /// [`LinkError::Session`] when the session has ended.
+    pub(crate) async fn homes(&self, split: &str) -> Result<(watch::Receiver<Homes>, Watch), LinkError> {
+        let (changed, homes) = watch::channel(Homes::new());
+        let keys = format!("{ALIVE}/{split}/**");
+        let on_token = move |Announcement { rank, role, session, .. }: Announcement, up: bool| {
+            if role == Role::Home {
+                changed.send_modify(|homes| {
+                    let sessions = homes.entry(rank).or_default();
+                    match up {
+                        true => sessions.insert(session),
+                        false => sessions.remove(&session),
+                    };
+                });
+            }
+        };
+        Ok((homes, Watch { _announcements: self.announcements(keys, on_token).await? }))
+    }
+
+    /// The process, as announcements name it.
+    pub(crate) fn id(&self) -> String {
+        self.session.zid().to_string()
     }
 
     /// Ends the session: peers see the node leave at once.
@@ -223,26 +307,35 @@ impl Link {
     }
 }
 
-const ALIVE: &str = "snn/alive";
+/// Keeps [`Link::homes`] up to date.
+pub(crate) struct Watch {
+    _announcements: Subscriber<()>,
+}
 
-/// Which sessions have announced which node. A node that restarts may be seen to come before it is
-/// seen to go: it is up while any session announces it.
+/// Which announcements are made for each rank of each split.
 #[derive(Default)]
-struct Presence(BTreeMap<(String, usize), Vec<String>>);
+struct Presence(BTreeMap<(String, usize), Vec<Announcement>>);
 
 impl Presence {
-    fn change(&mut self, split: &str, rank: usize, session: &str, up: bool) -> Option<Event> {
-        let sessions = self.0.entry((split.to_owned(), rank)).or_default();
-        let before = sessions.len();
-        sessions.retain(|known| known != session);
+    /// What a node of `cluster` is told when an announcement is made or ends.
+    fn change(&mut self, announcement: Announcement, up: bool, cluster: &str) -> Vec<Event> {
+        let Announcement { split, rank, .. } = announcement.clone();
+        let known = self.0.entry((split.clone(), rank)).or_default();
+        let before = known.len();
+        known.retain(|known| *known != announcement);
         if up {
-            sessions.push(session.to_owned());
+            known.push(announcement);
         }
-        match (before, sessions.len()) {
-            (0, 1) => Some(Event::PeerUp { rank, split: split.to_owned() }),
-            (1, 0) => Some(Event::PeerDown { rank }),
-            _ => None,
+        let after = known.len();
+        let mut events = Vec::new();
+        // That a node of another split has left says nothing about ours.
+        if after < before && split == cluster {
+            events.push(Event::PeerDown { rank });
         }
+        if after > 0 && after != before && (before == 0 || after < before) {
+            events.push(Event::PeerUp { rank, split });
+        }
+        events
     }
 }
 
@@ -286,24 +379,16 @@ fn frame_key(split: &str, rank: usize) -> String {
     format!("snn/{}/{rank}", split_prefix(split))
 }
 
-fn parse_alive(key: &str) -> Option<(&str, usize, &str)> {
-    let mut parts = key.strip_prefix(ALIVE)?.strip_prefix('/')?.split('/');
-    let (split, rank, session) = (parts.next()?, parts.next()?, parts.next()?);
-    let hexadecimal = split.len() == 64 && split.bytes().all(|b| b.is_ascii_hexdigit());
-    let rank = rank.parse().ok().filter(|&rank| rank < snn_schemas::MAX_GROUPS)?;
-    (hexadecimal && parts.next().is_none()).then_some((split, rank, session))
-}
-
 /// The address with a port that is free now, or an error that says why there is none.
 fn free_address(listen: &str) -> Result<String, LinkError> {
     let error = |source| LinkError::Listen { address: listen.to_owned(), source };
-    let place = listen.strip_prefix("tcp/").unwrap_or(listen);
+    let (scheme, place) = listen.split_once('/').unwrap_or(("tcp", listen));
     let sockets: Vec<_> = place.to_socket_addrs().map_err(error)?.collect();
     let probe = TcpListener::bind(sockets.as_slice()).map_err(error)?;
-    Ok(format!("tcp/{}", probe.local_addr().map_err(error)?))
+    Ok(format!("{scheme}/{}", probe.local_addr().map_err(error)?))
 }
 
-fn node_config(listen: &str, peers: &[String]) -> Result<Config, LinkError> {
+fn node_config(listen: &str, peers: &[String], options: &Options) -> Result<Config, LinkError> {
     let (first, longest) = RETRY_MS;
     let retry = format!(
         "{{period_init_ms:{first},period_max_ms:{longest},period_increase_factor:1.5}}"
@@ -316,25 +401,43 @@ fn node_config(listen: &str, peers: &[String]) -> Result<Config, LinkError> {
         ("open/return_conditions/connect_scouted", "false".to_owned()),
         ("scouting/gossip/autoconnect", "{peer:[\"router\",\"peer\"]}".to_owned()),
         ("transport/unicast/max_sessions", MAX_SESSIONS.to_string()),
+        ("scouting/multicast/enabled", options.scout.is_some().to_string()),
     ];
-    entries.extend(shared_entries());
+    if let Some(name) = &options.scout {
+        entries.push(("scouting/multicast/address", format!("{:?}", multicast_address(name))));
+    }
+    entries.extend(shared_entries(options.key.as_ref()));
     config(entries)
 }
 
-/// The settings of a session that only asks: connected to one node, listening to nobody.
-pub(crate) fn client_config(node: &str) -> Result<Config, LinkError> {
+/// Where the members of the cluster `name` look for each other: a port of the cluster's own, so that
+/// clusters on one network do not even hear of each other.
+fn multicast_address(name: &str) -> String {
+    let digits = name.bytes().filter_map(|byte| char::from(byte).to_digit(16));
+    let number = digits.take(4).fold(0, |number, digit| number << 4 | digit);
+    format!("224.0.0.224:{}", DYNAMIC_PORTS + number % (1 << 14))
+}
+
+/// First of the 16,384 ports that no service owns.
+const DYNAMIC_PORTS: u32 = 49_152;
+
+/// The settings of a session that only asks: connected to one node of those given, listening to nobody.
+pub(crate) fn client_config(
+    nodes: &[String],
+    key: Option<&ClusterKey>,
+) -> Result<Config, LinkError> {
     let mut entries = vec![
         ("mode", "\"client\"".to_owned()),
-        ("connect/endpoints", format!("[{node:?}]")),
+        ("connect/endpoints", format!("{nodes:?}")),
         ("scouting/gossip/enabled", "false".to_owned()),
+        ("scouting/multicast/enabled", "false".to_owned()),
     ];
-    entries.extend(shared_entries());
+    entries.extend(shared_entries(key));
     config(entries)
 }
 
-fn shared_entries() -> [(&'static str, String); 5] {
-    [
-        ("scouting/multicast/enabled", "false".to_owned()),
+fn shared_entries(key: Option<&ClusterKey>) -> Vec<(&'static str, String)> {
+    let mut entries = vec![
         ("transport/link/tx/lease", LEASE_MS.to_string()),
         ("transport/link/tx/queue/size/real_time", QUEUE_BATCHES.to_string()),
         (
@@ -342,17 +445,32 @@ fn shared_entries() -> [(&'static str, String); 5] {
             BLOCK_LIMIT_US.to_string(),
         ),
         ("transport/link/rx/max_message_size", MAX_MESSAGE.to_string()),
-    ]
+    ];
+    if let Some(key) = key {
+        let base64 = |pem: &str| format!("{:?}", BASE64.encode(pem));
+        entries.extend([
+            // Whatever else is offered, nothing but TLS is spoken.
+            ("transport/link/protocols", "[\"tls\"]".to_owned()),
+            ("transport/link/tls/enable_mtls", "true".to_owned()),
+            // The certificate is the cluster's, not a host's: who has it is a member, wherever it is.
+            ("transport/link/tls/verify_name_on_connect", "false".to_owned()),
+            ("transport/link/tls/close_link_on_expiration", "true".to_owned()),
+            ("transport/link/tls/root_ca_certificate_base64", base64(key.authority())),
+            ("transport/link/tls/listen_certificate_base64", base64(key.certificate())),
+            ("transport/link/tls/listen_private_key_base64", base64(key.private_key())),
+            ("transport/link/tls/connect_certificate_base64", base64(key.certificate())),
+            ("transport/link/tls/connect_private_key_base64", base64(key.private_key())),
+        ]);
+    }
+    entries
 }
 
 fn config(entries: Vec<(&'static str, String)>) -> Result<Config, LinkError> {
     let mut config = Config::default();
     for (key, value) in entries {
-        config.insert_json5(key, &value).map_err(|error| LinkError::Setting {
-            key,
-            value,
-            reason: one_line(&error),
-        })?;
+        // The value is left out of the error: it may be a private key.
+        let refused = |error| LinkError::Setting { key, reason: one_line(&error) };
+        config.insert_json5(key, &value).map_err(refused)?;
     }
     Ok(config)
 }
@@ -373,10 +491,20 @@ pub(crate) fn one_line(error: &zenoh::Error) -> String {
 #[non_exhaustive]
 pub enum LinkError {
     /// An address of another form.
-    #[error("address \"{found}\", expected tcp/HOST:PORT or HOST:PORT")]
+    #[error("address \"{found}\", expected {scheme}/HOST:PORT or HOST:PORT")]
     Address {
         /// What was given.
         found: String,
+        /// `tls` for those with a key, else `tcp`.
+        scheme: &'static str,
+    },
+    /// Anybody could connect and take part.
+    #[error(
+        "listen on {address}: without a key only this machine may connect; give --key FILE, or --insecure"
+    )]
+    Exposed {
+        /// Where it was to listen.
+        address: String,
     },
     /// The address cannot be listened on.
     #[error("listen on {address}: {source}")]
@@ -387,12 +515,10 @@ pub enum LinkError {
         source: io::Error,
     },
     /// A setting that this version of zenoh does not take.
-    #[error("zenoh setting {key} = {value}: {reason}")]
+    #[error("zenoh setting {key}: {reason}")]
     Setting {
         /// Its name.
         key: &'static str,
-        /// Its value.
-        value: String,
         /// Zenoh's answer.
         reason: String,
     },
