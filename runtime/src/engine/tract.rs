@@ -1,61 +1,148 @@
-//! The default engine: tract, a plan a segment.
+//! The default engine: tract, a plan a segment, with convolutions of this crate.
 //!
-//! Takes segments as ONNX models; gives plans that tract has optimised for their fixed shapes. A
-//! tensor that stays on the node is passed from plan to plan without a copy.
+//! Takes segments as ONNX models; gives plans that tract has optimised for their fixed shapes, after
+//! [`crate::fuse`] has put the crate's convolutions in. [`TractEngine::stock`] leaves tract its own. A
+//! tensor that stays on the node is passed from plan to plan without a copy, blocked if that is how
+//! it is computed with; what is read and written is planar.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::sync::Arc;
 
 use bytes::BytesMut;
 use prost::Message as _;
+use rayon::ThreadPool;
+use rayon::iter::{IntoParallelIterator as _, ParallelIterator as _};
 use snn_schemas::Dtype;
 use tract_linalg::multithread::Executor as Threads;
 use tract_onnx::prelude::*;
+use tract_onnx::tract_core::internal::{TractErrorContext as _, bail};
 use tract_onnx::tract_core::plan::SimpleState;
 use tract_onnx::tract_core::runtime::RunOptions;
 
 use super::{Engine, EngineError, Executor, Job};
-use crate::shard::{Program, Segment, Slot};
+use crate::fuse::{self, Edges, Fusion, Memory};
+use crate::kernels::{Alone, Isa, Planar, Workers, block, unblock};
+use crate::shard::{Program, Segment, Slot, Step};
 
 type State = SimpleState<TypedFact, Box<dyn TypedOp>>;
 
 /// Computes with tract, on a number of threads.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct TractEngine {
     options: RunOptions,
+    fusion: Option<Fusion>,
+}
+
+impl fmt::Debug for TractEngine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let isa = self.fusion.as_ref().map(|fusion| fusion.isa);
+        f.debug_struct("TractEngine").field("isa", &isa).finish_non_exhaustive()
+    }
 }
 
 impl TractEngine {
     /// An engine of `threads` threads; one computes on the caller's own.
     pub fn new(threads: usize) -> TractEngine {
+        TractEngine::with_isa(threads, Isa::best())
+    }
+
+    /// An engine of `threads` threads whose convolutions use `isa`. Where the machine lacks it, loading
+    /// a convolution is an error.
+    pub fn with_isa(threads: usize, isa: Isa) -> TractEngine {
+        let stock = TractEngine::stock(threads);
+        let workers: Arc<dyn Workers + Send> = match &stock.options.executor {
+            Some(Threads::MultiThread(pool)) => Arc::new(Pool(Arc::clone(pool))),
+            _ => Arc::new(Alone),
+        };
+        let fusion = Some(Fusion { isa, workers, memory: Memory::default() });
+        TractEngine { fusion, ..stock }
+    }
+
+    /// An engine of `threads` threads that leaves every op to tract.
+    pub fn stock(threads: usize) -> TractEngine {
         let executor = match threads {
             0 | 1 => Threads::SingleThread,
             more => Threads::multithread_with_name(more, "snn-compute"),
         };
-        TractEngine { options: RunOptions { executor: Some(executor), ..RunOptions::default() } }
+        let options = RunOptions { executor: Some(executor), ..RunOptions::default() };
+        TractEngine { options, fusion: None }
     }
 
-    fn plan(&self, segment: &Segment) -> TractResult<State> {
+    /// A segment's plan, and which of its outputs are blocked.
+    fn plan(
+        &self,
+        segment: &Segment,
+        inputs: &Edges,
+        free: &[bool],
+    ) -> TractResult<(State, Edges)> {
         let bytes = segment.model.encode_to_vec();
         let framework =
             tract_onnx::onnx().with_ignore_output_types(true).with_ignore_output_shapes(true);
-        let model = framework.model_for_read(&mut bytes.as_slice())?.into_optimized()?;
-        let plan = model.into_runnable_with_options(&self.options)?;
-        SimpleState::new(&plan)
+        let mut model = framework.model_for_read(&mut bytes.as_slice())?.into_typed()?;
+        let mut outputs = vec![None; segment.outputs.len()];
+        if let Some(fusion) = &self.fusion {
+            fuse::hold(&mut model);
+            model.declutter()?;
+            (model, outputs) = fuse::fuse(&model, fusion, inputs, free)?;
+        }
+        let plan = model.into_optimized()?.into_runnable_with_options(&self.options)?;
+        Ok((SimpleState::new(&plan)?, outputs))
     }
+}
+
+/// The threads of a pool.
+struct Pool(Arc<ThreadPool>);
+
+impl Workers for Pool {
+    fn count(&self) -> usize {
+        self.0.current_num_threads()
+    }
+
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.0.install(|| (0..tasks).into_par_iter().for_each(task));
+    }
+}
+
+/// Slots that only segments write and read: they may hold blocked tensors.
+fn private(program: &Program) -> BTreeSet<Slot> {
+    let mut made: BTreeSet<Slot> =
+        program.segments.iter().flat_map(|segment| segment.outputs.iter().copied()).collect();
+    for step in &program.steps {
+        if let Step::Send(crossing) | Step::Receive(crossing) = step {
+            made.remove(&crossing.slot);
+        }
+    }
+    for slot in program.inputs.iter().chain(&program.outputs) {
+        made.remove(slot);
+    }
+    made
 }
 
 impl Engine for TractEngine {
     fn load(&mut self, program: &Program) -> Result<Box<dyn Executor>, EngineError> {
         let mut segments = Vec::with_capacity(program.segments.len());
+        let private = private(program);
+        let mut blocked: BTreeMap<Slot, usize> = BTreeMap::new();
         for (index, segment) in program.segments.iter().enumerate() {
             // tract may panic on a model that makes no sense; that is one more unusable model.
-            let guarded = std::panic::AssertUnwindSafe(|| self.plan(segment));
-            let state = std::panic::catch_unwind(guarded)
+            let edges: Edges =
+                segment.inputs.iter().map(|slot| blocked.get(slot).copied()).collect();
+            let free: Vec<bool> =
+                segment.outputs.iter().map(|slot| private.contains(slot)).collect();
+            let guarded = std::panic::AssertUnwindSafe(|| self.plan(segment, &edges, &free));
+            let (state, edges) = std::panic::catch_unwind(guarded)
                 .unwrap_or_else(|_| Err(TractError::msg("the model makes no sense")))
                 .map_err(|error| EngineError::Load { segment: index, reason: one_line(&error) })?;
+            for (&slot, channels) in segment.outputs.iter().zip(edges) {
+                blocked.extend(channels.map(|channels| (slot, channels)));
+            }
             let (inputs, outputs) = (segment.inputs.clone(), segment.outputs.clone());
             segments.push(Plan { state, inputs, outputs });
         }
         check_edges(program, &segments)?;
-        Ok(Box::new(TractExecutor { segments, program: program.clone(), jobs: vec![], free: vec![] }))
+        let program = program.clone();
+        Ok(Box::new(TractExecutor { segments, program, blocked, jobs: vec![], free: vec![] }))
     }
 }
 
@@ -95,6 +182,8 @@ fn check_edges(program: &Program, segments: &[Plan]) -> Result<(), EngineError> 
 struct TractExecutor {
     segments: Vec<Plan>,
     program: Program,
+    /// Slots that hold blocked tensors, and their channels.
+    blocked: BTreeMap<Slot, usize>,
     jobs: Vec<Vec<Option<TValue>>>,
     free: Vec<usize>,
 }
@@ -103,6 +192,13 @@ impl TractExecutor {
     fn wrong(&self, slot: Slot, reason: impl ToString) -> EngineError {
         let name = self.program.slot(slot).name.clone();
         EngineError::Tensor { name, reason: reason.to_string() }
+    }
+
+    /// The slot's tensor as others know it.
+    fn planar(&self, job: Job, slot: Slot) -> Result<TValue, EngineError> {
+        let value = self.value(job, slot)?;
+        let Some(&channels) = self.blocked.get(&slot) else { return Ok(value.clone()) };
+        from_blocks(value, channels).map_err(|error| self.wrong(slot, one_line(&error)))
     }
 
     fn value(&self, job: Job, slot: Slot) -> Result<&TValue, EngineError> {
@@ -140,6 +236,12 @@ impl Executor for TractExecutor {
             return Err(self.wrong(slot, reason));
         }
         bytes.copy_from_slice(elements);
+        if self.blocked.contains_key(&slot) {
+            let lanes = self.segments.iter().find_map(|plan| plan.fact_of(slot));
+            let fact = lanes.ok_or_else(|| self.wrong(slot, "is of no segment"))?;
+            tensor =
+                to_blocks(&tensor, &fact).map_err(|error| self.wrong(slot, one_line(&error)))?;
+        }
         self.jobs[job.0][slot.0] = Some(tensor.into_tvalue());
         Ok(())
     }
@@ -158,18 +260,41 @@ impl Executor for TractExecutor {
     }
 
     fn read(&mut self, job: Job, slot: Slot, into: &mut BytesMut) -> Result<(), EngineError> {
-        let value = self.value(job, slot)?;
+        let value = self.planar(job, slot)?;
         into.extend_from_slice(value.as_bytes());
         Ok(())
     }
 
     fn shape(&self, job: Job, slot: Slot) -> Result<Vec<usize>, EngineError> {
-        Ok(self.value(job, slot)?.shape().to_vec())
+        Ok(self.planar(job, slot)?.shape().to_vec())
     }
+}
+
+fn from_blocks(blocked: &Tensor, channels: usize) -> TractResult<TValue> {
+    let &[batch, _, height, width, lanes] = blocked.shape() else { bail!("is not blocked") };
+    let mut planar = Tensor::zero::<f32>(&[batch, channels, height, width])?;
+    let from = blocked.try_as_plain_ram()?;
+    let mut to = planar.try_as_plain_ram_mut()?;
+    let sizes = [batch, channels, height * width];
+    unblock(from.as_slice::<f32>()?, 0, sizes, to.as_slice_mut::<f32>()?, lanes)?;
+    Ok(planar.into_tvalue())
+}
+
+fn to_blocks(planar: &Tensor, fact: &TypedFact) -> TractResult<Tensor> {
+    let &[batch, channels, height, width] = planar.shape() else { bail!("is not of rank 4") };
+    let shape = fact.shape.as_concrete().context("has no fixed shape")?;
+    let mut blocked = Tensor::zero::<f32>(shape)?;
+    let from = planar.try_as_plain_ram()?;
+    let mut to = blocked.try_as_plain_ram_mut()?;
+    let lanes = shape.last().copied().unwrap_or(1);
+    let sizes = [batch, channels, height * width];
+    block(Planar::F32(from.as_slice::<f32>()?), sizes, to.as_slice_mut::<f32>()?, lanes)?;
+    Ok(blocked)
 }
 
 /// tract's error and its causes on one line.
 fn one_line(error: &TractError) -> String {
-    let causes = error.chain().map(|cause| cause.to_string().lines().next().unwrap_or("").to_owned());
+    let causes =
+        error.chain().map(|cause| cause.to_string().lines().next().unwrap_or("").to_owned());
     causes.collect::<Vec<_>>().join(": ")
 }

@@ -1,0 +1,329 @@
+//! A fused segment against stock tract: residual blocks, exchanges, and what is left to tract.
+
+use bytes::{Bytes, BytesMut};
+use snn_schemas::metadata::{RECV_OP, SEND_OP, SNN_DOMAIN, ShardInfo};
+use snn_schemas::onnx::tensor_proto::DataType;
+use snn_schemas::onnx::{
+    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto,
+    ValueInfoProto, attr_float, attr_int, attr_ints, attr_string, encode,
+};
+
+use super::*;
+use crate::TractEngine;
+use crate::engine::{Engine as _, Executor};
+use crate::shard::{Shard, Step};
+
+fn numbers(seed: usize, count: usize) -> Vec<f32> {
+    let number = |at: usize| {
+        let mut z = ((seed * 7919 + at + 1) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..count).map(number).collect()
+}
+
+/// A model, op by op.
+#[derive(Default)]
+struct Net {
+    graph: GraphProto,
+}
+
+impl Net {
+    fn input(mut self, name: &str, shape: &[i64]) -> Net {
+        self.graph.input.push(ValueInfoProto::tensor(name, DataType::Float, shape));
+        self
+    }
+
+    /// States a tensor's type, as shards do for those that outlive a segment.
+    fn typed(mut self, name: &str, datum: DataType, shape: &[i64]) -> Net {
+        self.graph.value_info.push(ValueInfoProto::tensor(name, datum, shape));
+        self
+    }
+
+    fn constant(&mut self, name: &str, shape: &[i64], spread: f32) {
+        let count = shape.iter().product::<i64>() as usize;
+        let seed = self.graph.initializer.len();
+        let data: Vec<f32> = numbers(seed, count).into_iter().map(|x| x * spread).collect();
+        self.graph.initializer.push(TensorProto::f32(name, shape, &data));
+    }
+
+    fn op(
+        mut self,
+        kind: &str,
+        inputs: &[&str],
+        output: &str,
+        attributes: &[AttributeProto],
+    ) -> Net {
+        let mut node = NodeProto::new(kind, output, inputs, &[output]);
+        node.attribute = attributes.to_vec();
+        if matches!(kind, SEND_OP | RECV_OP) {
+            node.domain = Some(SNN_DOMAIN.to_owned());
+        }
+        self.graph.node.push(node);
+        self
+    }
+
+    /// Channels taken and given, groups; size and stride of the kernel.
+    fn conv(mut self, x: &str, y: &str, [i, o, g]: [i64; 3], [k, s]: [i64; 2]) -> Net {
+        let (w, b) = (format!("{y}.w"), format!("{y}.b"));
+        self.constant(&w, &[o, i / g, k, k], (3.0 / (i / g * k * k) as f32).sqrt());
+        self.constant(&b, &[o], 0.1);
+        let pad = k / 2;
+        let attributes = [
+            attr_ints("kernel_shape", &[k, k]),
+            attr_ints("strides", &[s, s]),
+            attr_ints("pads", &[pad; 4]),
+            attr_int("group", g),
+        ];
+        self.op("Conv", &[x, &w, &b], y, &attributes)
+    }
+
+    fn norm(mut self, x: &str, y: &str, channels: i64) -> Net {
+        let names = ["scale", "shift", "mean"].map(|what| format!("{y}.{what}"));
+        for name in &names {
+            self.constant(name, &[channels], 1.0);
+        }
+        let var = format!("{y}.var");
+        let vars = vec![0.5; channels as usize];
+        self.graph.initializer.push(TensorProto::f32(&var, &[channels], &vars));
+        let [scale, shift, mean] = &names;
+        self.op("BatchNormalization", &[x, scale, shift, mean, &var], y, &[])
+    }
+
+    fn indices(mut self, name: &str, data: &[i64]) -> Net {
+        let shape = [data.len() as i64];
+        self.graph.initializer.push(TensorProto::i64(name, &shape, data));
+        self
+    }
+
+    fn shard(mut self, outputs: &[&str]) -> Shard {
+        for name in outputs {
+            let output = ValueInfoProto { name: Some((*name).to_owned()), ..Default::default() };
+            self.graph.output.push(output);
+        }
+        let set = |domain: &str, version| OperatorSetIdProto {
+            domain: Some(domain.to_owned()),
+            version: Some(version),
+        };
+        let mut model = ModelProto {
+            ir_version: Some(8),
+            opset_import: vec![set("", 17), set(SNN_DOMAIN, 1)],
+            graph: Some(self.graph),
+            ..ModelProto::default()
+        };
+        let info = ShardInfo {
+            rank: 0,
+            nodes: 2,
+            entry: 0,
+            groups: 2,
+            split: "0".repeat(64),
+            source_sha256: "0".repeat(64),
+            policy_sha256: None,
+            tool: "test".to_owned(),
+        };
+        for (key, value) in info.entries() {
+            model.set_metadata(&key, &value);
+        }
+        Shard::from_bytes(encode(&model).into()).unwrap()
+    }
+}
+
+fn transfer(id: i64, shape: &[i64]) -> [AttributeProto; 4] {
+    [
+        attr_int("transfer", id),
+        attr_int("peer", 1),
+        attr_string("dtype", "f16"),
+        attr_ints("shape", shape),
+    ]
+}
+
+/// What leaves a shard: its sends, then its outputs.
+fn run(mut executor: Box<dyn Executor>, shard: &Shard) -> Vec<(bool, Bytes)> {
+    let program = shard.program();
+    let job = executor.begin();
+    let mut left = Vec::new();
+    let mut read = |executor: &mut Box<dyn Executor>, slot, is_half| {
+        let mut bytes = BytesMut::new();
+        executor.read(job, slot, &mut bytes).unwrap();
+        left.push((is_half, bytes.freeze()));
+    };
+    for &slot in &program.inputs {
+        let count = program.slot(slot).shape.as_ref().unwrap().iter().product();
+        let bytes: Vec<u8> = numbers(99, count).iter().flat_map(|x| x.to_le_bytes()).collect();
+        executor.write(job, slot, &bytes).unwrap();
+    }
+    for step in &program.steps {
+        match step {
+            Step::Compute(segment) => executor.compute(job, *segment).unwrap(),
+            Step::Send(crossing) => read(&mut executor, crossing.slot, true),
+            Step::Receive(crossing) => {
+                let halves = numbers(7, crossing.bytes / 2);
+                let halves = halves.into_iter().map(f16::from_f32);
+                let bytes: Vec<u8> = halves.flat_map(f16::to_le_bytes).collect();
+                executor.write(job, crossing.slot, &bytes).unwrap();
+            }
+        }
+    }
+    for &slot in &program.outputs {
+        read(&mut executor, slot, false);
+    }
+    left
+}
+
+fn widened((is_half, bytes): &(bool, Bytes)) -> Vec<f32> {
+    let half = |x: &[u8]| f16::from_le_bytes([x[0], x[1]]).to_f32();
+    let full = |x: &[u8]| f32::from_le_bytes([x[0], x[1], x[2], x[3]]);
+    match is_half {
+        true => bytes.chunks_exact(2).map(half).collect(),
+        false => bytes.chunks_exact(4).map(full).collect(),
+    }
+}
+
+/// Every instruction set and number of threads gives what stock tract does.
+fn equals_stock(shard: &Shard) {
+    let stock = run(TractEngine::stock(1).load(shard.program()).unwrap(), shard);
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        for threads in [1, 2] {
+            let mut engine = TractEngine::with_isa(threads, isa);
+            let ours = run(engine.load(shard.program()).unwrap(), shard);
+            assert_eq!(ours.len(), stock.len());
+            for (ours, stock) in ours.iter().zip(&stock) {
+                // One unit in the last place of a half, where sums fall on either side of a tie.
+                let unit = if stock.0 { 1e-3 } else { 0.0 };
+                let (ours, stock) = (widened(ours), widened(stock));
+                assert_eq!(ours.len(), stock.len());
+                for (ours, stock) in ours.iter().zip(&stock) {
+                    let most = (1e-4 + unit) * stock.abs().max(1.0);
+                    assert!((ours - stock).abs() <= most, "{isa:?}: {ours}, stock {stock}");
+                }
+            }
+        }
+    }
+}
+
+/// Ops of the plans that `shard` becomes, by name.
+fn ops(shard: &Shard) -> Vec<String> {
+    let fusion = Fusion {
+        isa: Isa::Plain,
+        workers: Arc::new(crate::kernels::Alone),
+        memory: Memory::default(),
+    };
+    let mut names = Vec::new();
+    for segment in &shard.program().segments {
+        let bytes = encode(&segment.model);
+        let mut model =
+            tract_onnx::onnx().model_for_read(&mut &*bytes).unwrap().into_typed().unwrap();
+        hold(&mut model);
+        model.declutter().unwrap();
+        let (model, _) = fuse(&model, &fusion, &vec![], &[]).unwrap();
+        let order = model.eval_order().unwrap();
+        names.extend(order.into_iter().map(|id| model.node(id).op.name().into_owned()));
+    }
+    names
+}
+
+#[test]
+fn a_residual_block_is_convolutions_only() {
+    let shard = Net::default()
+        .input("x", &[1, 3, 10, 10])
+        .conv("x", "stem", [3, 24, 1], [3, 1])
+        .op("Relu", &["stem"], "a", &[])
+        .conv("a", "c1", [24, 8, 1], [1, 1])
+        .norm("c1", "n1", 8)
+        .op("Relu", &["n1"], "r1", &[])
+        .conv("r1", "c2", [8, 8, 4], [3, 2])
+        .op("LeakyRelu", &["c2"], "r2", &[attr_float("alpha", 0.1)])
+        .conv("r2", "c3", [8, 24, 1], [1, 1])
+        .norm("c3", "n3", 24)
+        .conv("a", "short", [24, 24, 1], [1, 2])
+        .op("Add", &["n3", "short"], "sum", &[])
+        .op("Relu", &["sum"], "y", &[])
+        .shard(&["y"]);
+    equals_stock(&shard);
+    let count = |name: &str| ops(&shard).iter().filter(|op| *op == name).count();
+    assert_eq!(count("BlockedConv"), 5);
+    assert_eq!(count("ToPlanes"), 1);
+    assert_eq!(ops(&shard).len(), 1 + 5 + 1, "{:?}", ops(&shard));
+}
+
+/// Sends channels 0 … 13 of 24 in f16, adds 20 received ones, and goes on.
+fn exchanging() -> Shard {
+    Net::default()
+        .input("x", &[1, 3, 9, 7])
+        .typed("a", DataType::Float, &[1, 24, 9, 7])
+        .typed("sum", DataType::Float, &[1, 24, 9, 7])
+        .typed("got", DataType::Float16, &[1, 20, 9, 7])
+        .indices("zero", &[0])
+        .indices("keep", &[13])
+        .indices("one", &[1])
+        .indices("pads", &[0, 0, 0, 0, 0, 4, 0, 0])
+        .conv("x", "stem", [3, 24, 1], [3, 1])
+        .op("Relu", &["stem"], "a", &[])
+        .op("Slice", &["a", "zero", "keep", "one"], "kept", &[])
+        .op("Cast", &["kept"], "half", &[attr_int("to", 10)])
+        .op(SEND_OP, &["half"], "sent", &transfer(0, &[1, 13, 9, 7]))
+        .conv("a", "c1", [24, 24, 3], [3, 1])
+        .op("Add", &["c1", "a"], "sum", &[])
+        .op(RECV_OP, &[], "got", &transfer(1, &[1, 20, 9, 7]))
+        .op("Cast", &["got"], "full", &[attr_int("to", 1)])
+        .op("Pad", &["full", "pads"], "padded", &[attr_string("mode", "constant")])
+        .op("Add", &["sum", "padded"], "total", &[])
+        .op("Relu", &["total"], "b", &[])
+        .conv("b", "c2", [24, 24, 24], [5, 1])
+        .op("Sigmoid", &["c2"], "c", &[])
+        .op("GlobalAveragePool", &["c"], "y", &[])
+        .shard(&["y", "sent"])
+}
+
+#[test]
+fn exchanges_keep_their_meaning() {
+    let shard = exchanging();
+    assert!(shard.program().segments.len() > 1);
+    equals_stock(&shard);
+}
+
+#[test]
+fn what_is_received_is_rounded_once_and_exactly() {
+    // Halves are widened, padded and added without another rounding: a sum with nothing else.
+    let shard = Net::default()
+        .input("x", &[1, 1, 2, 2])
+        .typed("c", DataType::Float, &[1, 20, 2, 2])
+        .typed("got", DataType::Float16, &[1, 20, 2, 2])
+        .conv("x", "c", [1, 20, 1], [1, 1])
+        .op(RECV_OP, &[], "got", &transfer(0, &[1, 20, 2, 2]))
+        .op("Cast", &["got"], "full", &[attr_int("to", 1)])
+        .op("Sub", &["c", "c"], "nothing", &[])
+        .op("Add", &["nothing", "full"], "y", &[])
+        .shard(&["y"]);
+    let left = run(TractEngine::new(1).load(shard.program()).unwrap(), &shard);
+    let expected: Vec<f32> =
+        numbers(7, 80).into_iter().map(|x| f16::from_f32(x).to_f32()).collect();
+    assert_eq!(widened(&left[0]), expected);
+}
+
+#[test]
+fn what_kernels_do_not_cover_is_left_to_tract() {
+    let dilated = [attr_ints("kernel_shape", &[3, 3]), attr_ints("dilations", &[2, 2])];
+    let mut net = Net::default().input("x", &[1, 8, 12, 12]);
+    net.constant("w", &[8, 8, 3, 3], 0.2);
+    let shard = net
+        .op("Conv", &["x", "w"], "d", &dilated)
+        .conv("d", "c", [8, 16, 1], [3, 1])
+        .op("MaxPool", &["c"], "m", &[attr_ints("kernel_shape", &[2, 2])])
+        .op("HardSwish", &["m"], "h", &[])
+        .op("Concat", &["h", "m", "h"], "j", &[attr_int("axis", 1)])
+        .conv("j", "e", [48, 5, 1], [1, 1])
+        .op("Clip", &["e"], "y", &[])
+        .shard(&["y"]);
+    equals_stock(&shard);
+}
+
+#[test]
+fn nothing_is_kept_from_one_request_to_the_next() {
+    let shard = exchanging();
+    let mut engine = TractEngine::new(1);
+    let first = run(engine.load(shard.program()).unwrap(), &shard);
+    for _ in 0..3 {
+        assert_eq!(run(engine.load(shard.program()).unwrap(), &shard), first);
+    }
+}

@@ -1,0 +1,651 @@
+//! A convolution: weights packed for one instruction set, and the order its output is computed in.
+//!
+//! [`Conv::new`] takes a [`ConvSpec`], weights `[out, in / groups, height, width]` and a bias; what it
+//! cannot do it refuses with a [`ConvError`]. [`Conv::run`] takes a planar or blocked input and tensors
+//! to add, and fills a blocked output. An input that needs padding or a stride is first copied to where
+//! taps of neighbouring pixels are neighbours; the copy is a small part of the work, and of nothing
+//! that has neither.
+//!
+//! Output channels go in tiles of one or two blocks, pixels in strips of a row: see [`super::strip`].
+
+use std::cell::RefCell;
+
+use super::strip::{Kernel, Strip};
+use super::{Activation, Aligned, Isa, Workers, table};
+
+/// Rows and columns of zeros around an image, stored with it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Halo {
+    /// Rows above.
+    pub top: usize,
+    /// Columns before.
+    pub left: usize,
+    /// Rows below.
+    pub bottom: usize,
+    /// Columns after.
+    pub right: usize,
+}
+
+impl Halo {
+    /// Whether there is none.
+    pub fn is_none(self) -> bool {
+        self == Halo::default()
+    }
+
+    /// Height and width of an image with its halo.
+    pub fn around(self, [height, width]: [usize; 2]) -> [usize; 2] {
+        [height + self.top + self.bottom, width + self.left + self.right]
+    }
+}
+
+/// What is convolved, and how. Dilation is 1.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ConvSpec {
+    /// Images.
+    pub batch: usize,
+    /// Channels taken.
+    pub input: usize,
+    /// Channels given.
+    pub output: usize,
+    /// Groups that do not mix.
+    pub groups: usize,
+    /// Height and width of the input as it is stored.
+    pub image: [usize; 2],
+    /// Height and width of the kernel.
+    pub kernel: [usize; 2],
+    /// Rows and columns from one output pixel to the next.
+    pub stride: [usize; 2],
+    /// Zeros taken to stand around the input.
+    pub pads: Halo,
+    /// Zeros written around the output.
+    pub halo: Halo,
+    /// Whether the input is planar.
+    pub planar: bool,
+    /// What follows the sums.
+    pub activation: Activation,
+}
+
+impl ConvSpec {
+    /// Height and width of the output, without its halo.
+    pub fn extent(&self) -> Option<[usize; 2]> {
+        let padded = self.pads.around(self.image);
+        let mut extent = [0; 2];
+        for axis in 0..2 {
+            let free = padded[axis].checked_sub(self.kernel[axis])?;
+            extent[axis] = free.checked_div(self.stride[axis])? + 1;
+        }
+        Some(extent)
+    }
+}
+
+/// Why a convolution cannot be computed here.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConvError {
+    /// Sizes that make no convolution.
+    #[error("{0}")]
+    Spec(&'static str),
+    /// The machine lacks the instruction set.
+    #[error("{0:?} is not available")]
+    Isa(Isa),
+    /// A tensor of another size than the convolution's.
+    #[error("{what} has {found} elements, expected {expected}")]
+    Size {
+        /// Which tensor.
+        what: &'static str,
+        /// Its elements.
+        found: usize,
+        /// Elements it should have.
+        expected: usize,
+    },
+}
+
+/// A convolution, ready to run.
+#[derive(Clone, Debug)]
+pub struct Conv {
+    spec: ConvSpec,
+    isa: Isa,
+    /// Height and width of the output.
+    extent: [usize; 2],
+    weights: Aligned,
+    bias: Aligned,
+    taps: Vec<usize>,
+    shuffles: Vec<i32>,
+    /// How the input is copied before anything else, if it is.
+    gather: Option<Gather>,
+    /// Elements from one output row to the next, in the gathered input.
+    row_step: usize,
+    tiles: Vec<Tile>,
+    /// Pieces of an output row.
+    pieces: Vec<Piece>,
+}
+
+/// One or two blocks of output channels.
+#[derive(Clone, Copy, Debug)]
+struct Tile {
+    /// First output block.
+    block: usize,
+    /// Blocks: 1 or 2.
+    depth: usize,
+    /// Where its weights begin.
+    weights: usize,
+    /// First input block, or plane.
+    first: usize,
+    /// Input blocks.
+    blocks: usize,
+    /// Channels of the last one.
+    last: usize,
+}
+
+/// Equal tiles one after the other in a row, for a tile of one and of two blocks.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    depth: usize,
+    first: usize,
+    tiles: usize,
+    kernel: Kernel,
+}
+
+/// Where a copy of the input stands: row by row, the columns of one residue of the stride together.
+#[derive(Clone, Copy, Debug)]
+struct Gather {
+    /// Rows of the copy.
+    rows: usize,
+    /// Residues of the column by the stride that some tap meets.
+    phases: usize,
+    /// Columns of one residue.
+    columns: usize,
+    /// Elements of a pixel.
+    pixel: usize,
+}
+
+impl Gather {
+    fn row(&self) -> usize {
+        self.phases * self.columns * self.pixel
+    }
+
+    fn plane(&self) -> usize {
+        self.rows * self.row()
+    }
+}
+
+/// Output channels of a group and input channels of it.
+fn of_group(spec: &ConvSpec) -> [usize; 2] {
+    [spec.output / spec.groups, spec.input / spec.groups]
+}
+
+impl Conv {
+    /// Packs `weights`, `[output, input / groups, height, width]`, and `bias`, one for each output
+    /// channel.
+    ///
+    /// # Errors
+    /// Sizes that make no convolution, or an instruction set that the machine lacks.
+    pub fn new(spec: ConvSpec, isa: Isa, weights: &[f32], bias: &[f32]) -> Result<Conv, ConvError> {
+        if !isa.is_available() {
+            return Err(ConvError::Isa(isa));
+        }
+        let spec = flat(check(spec)?);
+        let extent = spec.extent().ok_or(ConvError::Spec("the kernel is larger than the image"))?;
+        let [_, inputs] = of_group(&spec);
+        let taps = spec.kernel[0] * spec.kernel[1];
+        expect("the weights", weights.len(), spec.output * inputs * taps)?;
+        expect("the bias", bias.len(), spec.output)?;
+        let lanes = isa.lanes();
+        let gather = gather(&spec, extent, lanes);
+        let mut conv = Conv {
+            spec,
+            isa,
+            extent,
+            weights: Aligned::default(),
+            bias: Aligned::zeros(spec.output.next_multiple_of(lanes)),
+            taps: offsets(&spec, gather.as_ref(), lanes),
+            shuffles: shuffles(&spec, lanes),
+            row_step: row_step(&spec, gather.as_ref(), lanes),
+            gather,
+            tiles: vec![],
+            pieces: vec![],
+        };
+        conv.bias.as_mut_slice()[..spec.output].copy_from_slice(bias);
+        conv.tiles = conv.plan_tiles();
+        conv.pieces = conv.plan_pieces()?;
+        conv.pack(weights);
+        Ok(conv)
+    }
+
+    /// What it computes.
+    pub fn spec(&self) -> &ConvSpec {
+        &self.spec
+    }
+
+    /// Elements of the input.
+    pub fn input_len(&self) -> usize {
+        let spec = &self.spec;
+        let channels = match spec.planar {
+            true => spec.input,
+            false => spec.input.next_multiple_of(self.isa.lanes()),
+        };
+        spec.batch * channels * spec.image[0] * spec.image[1]
+    }
+
+    /// Elements of a tensor to be added: the output without its halo.
+    pub fn addend_len(&self) -> usize {
+        let channels = self.spec.output.next_multiple_of(self.isa.lanes());
+        self.spec.batch * channels * self.extent[0] * self.extent[1]
+    }
+
+    /// Elements of the output, its halo included.
+    pub fn output_len(&self) -> usize {
+        let [height, width] = self.spec.halo.around(self.extent);
+        self.spec.batch * self.spec.output.next_multiple_of(self.isa.lanes()) * height * width
+    }
+
+    /// Multiplications that the definition asks for.
+    pub fn multiplications(&self) -> usize {
+        let [_, inputs] = of_group(&self.spec);
+        let pixels = self.spec.batch * self.extent[0] * self.extent[1];
+        pixels * self.spec.output * inputs * self.spec.kernel[0] * self.spec.kernel[1]
+    }
+
+    /// Whether groups are narrower than a vector.
+    fn is_narrow(&self) -> bool {
+        !self.shuffles.is_empty()
+    }
+
+    fn plan_tiles(&self) -> Vec<Tile> {
+        let (spec, lanes) = (&self.spec, self.isa.lanes());
+        let [outputs, inputs] = of_group(spec);
+        let blocks = spec.output.div_ceil(lanes);
+        let pairs = !self.is_narrow() && (spec.groups == 1 || outputs.is_multiple_of(2 * lanes));
+        let mut tiles = Vec::new();
+        let (mut block, mut weights) = (0, 0);
+        while block < blocks {
+            let depth = if pairs && block + 1 < blocks { 2 } else { 1 };
+            // Input channels that these output channels depend on, to whole blocks.
+            let channels = block * lanes..((block + depth) * lanes).min(spec.output);
+            let from = channels.start / outputs * inputs;
+            let to = ((channels.end - 1) / outputs + 1) * inputs;
+            let step = if spec.planar { 1 } else { lanes };
+            let first = from / step;
+            let (count, last) = match spec.planar {
+                true => (1, to - from),
+                false => (to.div_ceil(lanes) - first, (to - 1) % lanes + 1),
+            };
+            tiles.push(Tile { block, depth, weights, first, blocks: count, last });
+            let each = match self.is_narrow() {
+                true => inputs,
+                false => (count - 1) * lanes + last,
+            };
+            weights += each * spec.kernel[0] * spec.kernel[1] * depth * lanes;
+            block += depth;
+        }
+        tiles
+    }
+
+    fn plan_pieces(&self) -> Result<Vec<Piece>, ConvError> {
+        let width = self.extent[1];
+        let mut pieces = Vec::new();
+        let depths = self.tiles.iter().map(|tile| tile.depth);
+        let deepest = depths.max().unwrap_or(1);
+        for depth in 1..=deepest {
+            let widest = match self.is_narrow() {
+                true => table::widest_lanes(self.isa),
+                false => table::widest(self.isa, depth),
+            };
+            // As equal as can be: some tiles of one pixel more, then the others.
+            let tiles = width.div_ceil(widest);
+            let (each, more) = (width / tiles, width % tiles);
+            let mut first = 0;
+            for (count, pixels) in [(more, each + 1), (tiles - more, each)] {
+                if count == 0 {
+                    continue;
+                }
+                let kernel = self.kernel(depth, pixels);
+                let kernel = kernel.ok_or(ConvError::Spec("no kernel has such a tile"))?;
+                pieces.push(Piece { depth, first, tiles: count, kernel });
+                first += count * pixels;
+            }
+        }
+        Ok(pieces)
+    }
+
+    fn kernel(&self, depth: usize, pixels: usize) -> Option<Kernel> {
+        if !self.is_narrow() {
+            return table::dense(self.isa, depth, pixels, self.spec.planar);
+        }
+        let neighbours = self.spec.stride[1] == 1 && self.spec.input != self.spec.groups;
+        table::lanes(self.isa, pixels, if neighbours { self.spec.kernel[1] } else { 0 })
+    }
+
+    /// Weights in the order the kernels read them; those of channels that are not there are zero.
+    fn pack(&mut self, weights: &[f32]) {
+        let (spec, lanes) = (self.spec, self.isa.lanes());
+        let [outputs, inputs] = of_group(&spec);
+        let taps = spec.kernel[0] * spec.kernel[1];
+        let weight = |output: usize, input: usize, tap: usize| {
+            // Of the whole input's channels, as of a group's.
+            let input =
+                input.checked_sub(output / outputs * inputs).filter(|&input| input < inputs);
+            match input.filter(|_| output < spec.output) {
+                Some(input) => weights[(output * inputs + input) * taps + tap],
+                None => 0.0,
+            }
+        };
+        let mut packed = Vec::new();
+        for tile in &self.tiles {
+            let output = tile.block * lanes;
+            if self.is_narrow() {
+                for tap in 0..taps {
+                    for i in 0..inputs {
+                        packed.extend(
+                            (output..output + lanes)
+                                .map(|output| weight(output, output / outputs * inputs + i, tap)),
+                        );
+                    }
+                }
+                continue;
+            }
+            let step = if spec.planar { 1 } else { lanes };
+            for block in 0..tile.blocks {
+                let channels = if block + 1 == tile.blocks { tile.last } else { lanes };
+                let first = tile.first * step + block * lanes;
+                for tap in 0..taps {
+                    for input in first..first + channels {
+                        let outputs = output..output + tile.depth * lanes;
+                        packed.extend(outputs.map(|output| weight(output, input, tap)));
+                    }
+                }
+            }
+        }
+        self.weights.resize(packed.len());
+        self.weights.as_mut_slice().copy_from_slice(&packed);
+    }
+
+    /// Computes: `output` becomes the activation of the convolved `input` plus the bias plus
+    /// `addends`, at most two. Every element of `output` is written, its halo with zeros.
+    ///
+    /// # Errors
+    /// A tensor of another size than [`Conv::input_len`] and its like say.
+    pub fn run(
+        &self,
+        input: &[f32],
+        addends: &[&[f32]],
+        output: &mut [f32],
+        workers: &dyn Workers,
+    ) -> Result<(), ConvError> {
+        expect("the input", input.len(), self.input_len())?;
+        expect("the output", output.len(), self.output_len())?;
+        for addend in addends {
+            expect("what is added", addend.len(), self.addend_len())?;
+        }
+        if addends.len() > 2 {
+            return Err(ConvError::Spec("more than two tensors are to be added"));
+        }
+        thread_local! {
+            /// The last input copied on this thread: memory for the next.
+            static COPY: RefCell<Aligned> = RefCell::default();
+        }
+        match &self.gather {
+            None => self.convolve(input, addends, output, workers),
+            Some(gather) => COPY.with_borrow_mut(|copy| {
+                self.copy(gather, input, copy, workers);
+                self.convolve(copy.as_slice(), addends, output, workers);
+            }),
+        }
+        Ok(())
+    }
+
+    /// Planes, or blocks, of the input of all images.
+    fn planes(&self) -> usize {
+        let per_image = match self.spec.planar {
+            true => self.spec.input,
+            false => self.spec.input.div_ceil(self.isa.lanes()),
+        };
+        self.spec.batch * per_image
+    }
+
+    fn copy(&self, gather: &Gather, input: &[f32], copy: &mut Aligned, workers: &dyn Workers) {
+        let planes = self.planes();
+        // A planar row may be read to the end of a vector.
+        copy.resize(planes * gather.plane());
+        let (from, to) = (input.len() / planes, gather.plane());
+        if workers.count() == 1 {
+            let planes = input.chunks_exact(from).zip(copy.as_mut_slice().chunks_exact_mut(to));
+            planes.for_each(|(from, to)| self.copy_plane(gather, from, to));
+            return;
+        }
+        let target = Shared(copy.as_mut_slice().as_mut_ptr());
+        workers.run(planes, &|plane| {
+            // SAFETY: each task has a plane of its own within the copy.
+            let to = unsafe { std::slice::from_raw_parts_mut(target.at(plane * to), to) };
+            self.copy_plane(gather, &input[plane * from..][..from], to);
+        });
+    }
+
+    fn copy_plane(&self, gather: &Gather, from: &[f32], to: &mut [f32]) {
+        let (spec, pixel) = (&self.spec, gather.pixel);
+        let [height, width] = spec.image;
+        let skips_rows = spec.kernel[0] < spec.stride[0];
+        for (row, to) in to.chunks_exact_mut(gather.row()).enumerate() {
+            if skips_rows && row % spec.stride[0] >= spec.kernel[0] {
+                continue;
+            }
+            let Some(y) = row.checked_sub(spec.pads.top).filter(|&y| y < height) else {
+                to.fill(0.0);
+                continue;
+            };
+            let from = &from[y * width * pixel..][..width * pixel];
+            if spec.stride[1] == 1 {
+                // Padding, row, padding.
+                let left = (spec.pads.left * pixel).min(to.len());
+                let middle = from.len().min(to.len() - left);
+                to[..left].fill(0.0);
+                to[left..left + middle].copy_from_slice(&from[..middle]);
+                to[left + middle..].fill(0.0);
+                continue;
+            }
+            for phase in 0..gather.phases {
+                let columns = to[phase * gather.columns * pixel..].chunks_exact_mut(pixel);
+                for (column, to) in columns.take(gather.columns).enumerate() {
+                    let x = (column * spec.stride[1] + phase).checked_sub(spec.pads.left);
+                    match x.filter(|&x| x < width) {
+                        Some(x) => to.copy_from_slice(&from[x * pixel..][..pixel]),
+                        None => to.fill(0.0),
+                    }
+                }
+            }
+        }
+    }
+
+    fn convolve(
+        &self,
+        input: &[f32],
+        addends: &[&[f32]],
+        output: &mut [f32],
+        workers: &dyn Workers,
+    ) {
+        if !self.spec.halo.is_none() {
+            self.clear_halo(output);
+        }
+        let target = Shared(output.as_mut_ptr());
+        let rows = self.spec.batch * self.tiles.len() * self.extent[0];
+        if workers.count() == 1 {
+            self.rows(input, addends, target, 0..rows);
+            return;
+        }
+        // A few tasks for each worker, so that one that starts late delays little.
+        let each = rows.div_ceil(workers.count() * 4).max(1);
+        workers.run(rows.div_ceil(each), &|task| {
+            self.rows(input, addends, target, task * each..((task + 1) * each).min(rows));
+        });
+    }
+
+    /// Rows of the output, counted through its images and tiles of channels.
+    fn rows(
+        &self,
+        input: &[f32],
+        addends: &[&[f32]],
+        output: Shared,
+        rows: std::ops::Range<usize>,
+    ) {
+        let (spec, lanes) = (&self.spec, self.isa.lanes());
+        let [height, width] = self.extent;
+        let pixel = if spec.planar { 1 } else { lanes };
+        let input_plane = match &self.gather {
+            Some(gather) => gather.plane(),
+            None => spec.image[0] * spec.image[1] * pixel,
+        };
+        let [stored_height, stored_width] = spec.halo.around(self.extent);
+        let (output_row, output_plane) =
+            (stored_width * lanes, stored_height * stored_width * lanes);
+        let addend_plane = height * width * lanes;
+        let output_blocks = spec.output.div_ceil(lanes);
+        let input_planes = self.planes() / spec.batch;
+        for row in rows {
+            let (y, at) = (row % height, row / height);
+            let (tile, image) = (&self.tiles[at % self.tiles.len()], at / self.tiles.len());
+            let block = image * output_blocks + tile.block;
+            let input_at = (image * input_planes + tile.first) * input_plane + y * self.row_step;
+            let output_at =
+                block * output_plane + (y + spec.halo.top) * output_row + spec.halo.left * lanes;
+            let addend_at = block * addend_plane + y * width * lanes;
+            let mut added = [std::ptr::null(); 2];
+            for (added, addend) in added.iter_mut().zip(addends) {
+                *added = addend[addend_at..].as_ptr();
+            }
+            for piece in self.pieces.iter().filter(|piece| piece.depth == tile.depth) {
+                let add = |from: *const f32| match from.is_null() {
+                    true => from,
+                    false => from.wrapping_add(piece.first * lanes),
+                };
+                let strip = Strip {
+                    input: input[input_at..].as_ptr().wrapping_add(piece.first * pixel),
+                    weights: self.weights.as_slice()[tile.weights..].as_ptr(),
+                    bias: self.bias.as_slice()[tile.block * lanes..].as_ptr(),
+                    output: output.at(output_at + piece.first * lanes),
+                    addends: added.map(add),
+                    tiles: piece.tiles,
+                    taps: &self.taps,
+                    blocks: tile.blocks,
+                    last: tile.last,
+                    input_step: input_plane,
+                    output_step: output_plane,
+                    addend_step: addend_plane,
+                    activation: spec.activation,
+                    shuffles: &self.shuffles,
+                };
+                // SAFETY: the kernel is of an instruction set that the machine has (`Conv::new`).
+                // `run` has checked the tensors' sizes, from which all steps follow: the last tap of
+                // the last pixel of a row lies in the (gathered) input by the definition of
+                // `extent`, and every output row belongs to one task.
+                unsafe { (piece.kernel)(&strip) };
+            }
+        }
+    }
+
+    fn clear_halo(&self, output: &mut [f32]) {
+        let (halo, lanes) = (self.spec.halo, self.isa.lanes());
+        let [height, width] = halo.around(self.extent);
+        for plane in output.chunks_exact_mut(height * width * lanes) {
+            for (y, row) in plane.chunks_exact_mut(width * lanes).enumerate() {
+                if y < halo.top || y >= height - halo.bottom {
+                    row.fill(0.0);
+                } else {
+                    row[..halo.left * lanes].fill(0.0);
+                    row[(width - halo.right) * lanes..].fill(0.0);
+                }
+            }
+        }
+    }
+}
+
+/// Memory that several tasks write, each its own part.
+#[derive(Clone, Copy)]
+struct Shared(*mut f32);
+
+// SAFETY: tasks write disjoint parts, and the memory outlives them: `Workers::run` returns when all
+// are done.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    fn at(self, offset: usize) -> *mut f32 {
+        self.0.wrapping_add(offset)
+    }
+}
+
+pub(super) fn expect(what: &'static str, found: usize, expected: usize) -> Result<(), ConvError> {
+    match found == expected {
+        true => Ok(()),
+        false => Err(ConvError::Size { what, found, expected }),
+    }
+}
+
+fn check(spec: ConvSpec) -> Result<ConvSpec, ConvError> {
+    let counts = [spec.batch, spec.input, spec.output, spec.groups];
+    let extents = [spec.image, spec.kernel, spec.stride].concat();
+    if counts.into_iter().chain(extents).any(|count| count == 0) {
+        return Err(ConvError::Spec("something is 0"));
+    }
+    if spec.input % spec.groups != 0 || spec.output % spec.groups != 0 {
+        return Err(ConvError::Spec("groups do not divide the channels"));
+    }
+    Ok(spec)
+}
+
+/// A 1×1 convolution that moves nothing sees one long row.
+fn flat(spec: ConvSpec) -> ConvSpec {
+    let still = spec.kernel == [1, 1] && spec.stride == [1, 1];
+    match still && spec.pads.is_none() && spec.halo.is_none() {
+        true => ConvSpec { image: [1, spec.image[0] * spec.image[1]], ..spec },
+        false => spec,
+    }
+}
+
+fn gather(spec: &ConvSpec, extent: [usize; 2], lanes: usize) -> Option<Gather> {
+    if spec.pads.is_none() && spec.stride[1] == 1 {
+        return None;
+    }
+    Some(Gather {
+        rows: (extent[0] - 1) * spec.stride[0] + spec.kernel[0],
+        phases: spec.stride[1].min(spec.kernel[1]),
+        columns: extent[1] + (spec.kernel[1] - 1) / spec.stride[1],
+        pixel: if spec.planar { 1 } else { lanes },
+    })
+}
+
+/// Elements from one output row's first pixel to the next one's, in what kernels read.
+fn row_step(spec: &ConvSpec, gather: Option<&Gather>, lanes: usize) -> usize {
+    let pixel = if spec.planar { 1 } else { lanes };
+    spec.stride[0] * gather.map_or(spec.image[1] * pixel, Gather::row)
+}
+
+/// Offset of each tap from a pixel's first, in what kernels read.
+fn offsets(spec: &ConvSpec, gather: Option<&Gather>, lanes: usize) -> Vec<usize> {
+    let pixel = if spec.planar { 1 } else { lanes };
+    let row = gather.map_or(spec.image[1] * pixel, Gather::row);
+    let columns = gather.map_or(0, |gather| gather.columns);
+    let stride = if gather.is_some() { spec.stride[1] } else { 1 };
+    let mut taps = Vec::new();
+    for y in 0..spec.kernel[0] {
+        for x in 0..spec.kernel[1] {
+            taps.push(y * row + (x % stride * columns + x / stride) * pixel);
+        }
+    }
+    taps
+}
+
+/// Lane numbers for groups that divide a vector; empty where they don't.
+fn shuffles(spec: &ConvSpec, lanes: usize) -> Vec<i32> {
+    let [outputs, inputs] = of_group(spec);
+    if spec.planar
+        || spec.groups == 1
+        || inputs != outputs
+        || inputs >= lanes
+        || lanes % inputs != 0
+    {
+        return vec![];
+    }
+    let shuffle = |i: usize| (0..lanes).map(move |lane| (lane / inputs * inputs + i) as i32);
+    (0..inputs).flat_map(shuffle).collect()
+}

@@ -1,0 +1,318 @@
+//! Every kernel against the definition of a convolution, on every instruction set of the machine.
+
+use half::f16;
+use proptest::prelude::*;
+
+use super::*;
+
+/// Numbers between −1 and 1 that follow from `seed`.
+fn numbers(seed: u64, count: usize) -> Vec<f32> {
+    let number = |index: u64| {
+        let mut z = seed.wrapping_add(index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..count as u64).map(number).collect()
+}
+
+fn activated(activation: Activation, x: f32) -> f32 {
+    match activation {
+        Activation::None => x,
+        Activation::Clamp { low, high } => x.max(low).min(high),
+        Activation::Leaky { slope } if x < 0.0 => slope * x,
+        Activation::Leaky { .. } => x,
+        Activation::HardSwish => x * (x / 6.0 + 0.5).clamp(0.0, 1.0),
+    }
+}
+
+/// The definition, in f64; all tensors planar, the result without halo.
+fn naive(spec: &ConvSpec, x: &[f32], w: &[f32], bias: &[f32], addends: &[Vec<f32>]) -> Vec<f32> {
+    let [height, width] = spec.extent().unwrap();
+    let (inputs, outputs) = (spec.input / spec.groups, spec.output / spec.groups);
+    let mut result = Vec::new();
+    for image in 0..spec.batch {
+        for o in 0..spec.output {
+            for (y, x0) in (0..height).flat_map(|y| (0..width).map(move |x| (y, x))) {
+                let mut sum = f64::from(bias[o]);
+                for i in 0..inputs {
+                    let plane = image * spec.input + o / outputs * inputs + i;
+                    for ky in 0..spec.kernel[0] {
+                        for kx in 0..spec.kernel[1] {
+                            let row = (y * spec.stride[0] + ky).checked_sub(spec.pads.top);
+                            let column = (x0 * spec.stride[1] + kx).checked_sub(spec.pads.left);
+                            let (Some(row), Some(column)) = (row, column) else { continue };
+                            if row >= spec.image[0] || column >= spec.image[1] {
+                                continue;
+                            }
+                            let at = (plane * spec.image[0] + row) * spec.image[1] + column;
+                            let weight =
+                                ((o * inputs + i) * spec.kernel[0] + ky) * spec.kernel[1] + kx;
+                            sum += f64::from(x[at]) * f64::from(w[weight]);
+                        }
+                    }
+                }
+                for addend in addends {
+                    sum += f64::from(addend[result.len()]);
+                }
+                result.push(activated(spec.activation, sum as f32));
+            }
+        }
+    }
+    result
+}
+
+/// Two workers, so that tasks really run at once.
+struct Two;
+
+impl Workers for Two {
+    fn count(&self) -> usize {
+        2
+    }
+
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        std::thread::scope(|scope| {
+            for half in 0..2 {
+                scope.spawn(move || (0..tasks).filter(|at| at % 2 == half).for_each(task));
+            }
+        });
+    }
+}
+
+fn blocks(planar: &[f32], channels: usize, pixels: usize, lanes: usize) -> Aligned {
+    let batch = planar.len() / (channels * pixels);
+    let mut to = Aligned::zeros(batch * channels.next_multiple_of(lanes) * pixels);
+    let sizes = [batch, channels, pixels];
+    block(Planar::F32(planar), sizes, to.as_mut_slice(), lanes).unwrap();
+    to
+}
+
+/// Runs `spec` on `isa`; the result planar, after a look at its halo.
+fn run(spec: ConvSpec, isa: Isa, workers: &dyn Workers, addends: usize) -> (Vec<f32>, Vec<f32>) {
+    let [height, width] = spec.extent().unwrap();
+    let pixels = spec.image[0] * spec.image[1];
+    let x = numbers(1, spec.batch * spec.input * pixels);
+    let taps = spec.kernel[0] * spec.kernel[1];
+    let weights = numbers(2, spec.output * spec.input / spec.groups * taps);
+    let bias = numbers(3, spec.output);
+    let added = |at: usize| numbers(4 + at as u64, spec.batch * spec.output * height * width);
+    let added: Vec<Vec<f32>> = (0..addends).map(added).collect();
+    let expected = naive(&spec, &x, &weights, &bias, &added);
+
+    let lanes = isa.lanes();
+    let conv = Conv::new(spec, isa, &weights, &bias).unwrap();
+    let mut input = Aligned::zeros(x.len());
+    input.as_mut_slice().copy_from_slice(&x);
+    if !spec.planar {
+        input = blocks(&x, spec.input, pixels, lanes);
+        // Lanes beyond the last channel are never read.
+        for (at, x) in input.as_mut_slice().iter_mut().enumerate() {
+            let channel = at / (pixels * lanes) % spec.input.div_ceil(lanes) * lanes + at % lanes;
+            if channel >= spec.input {
+                *x = f32::NAN;
+            }
+        }
+    }
+    let added: Vec<Aligned> =
+        added.iter().map(|added| blocks(added, spec.output, height * width, lanes)).collect();
+    let added: Vec<&[f32]> = added.iter().map(Aligned::as_slice).collect();
+    let mut output = Aligned::zeros(conv.output_len());
+    output.as_mut_slice().fill(f32::NAN);
+    conv.run(input.as_slice(), &added, output.as_mut_slice(), workers).unwrap();
+
+    let [tall, wide] = spec.halo.around([height, width]);
+    let mut stored = vec![0.0; spec.batch * spec.output * tall * wide];
+    let sizes = [spec.batch, spec.output, tall * wide];
+    unblock(output.as_slice(), 0, sizes, &mut stored, lanes).unwrap();
+    let mut found = Vec::new();
+    for (at, &x) in stored.iter().enumerate() {
+        let (row, column) = (at / wide % tall, at % wide);
+        let inside = (spec.halo.top..spec.halo.top + height).contains(&row)
+            && (spec.halo.left..spec.halo.left + width).contains(&column);
+        if inside {
+            found.push(x);
+        } else {
+            assert_eq!(x, 0.0, "halo at row {row}, column {column}");
+        }
+    }
+    (found, expected)
+}
+
+fn check(spec: ConvSpec, workers: &dyn Workers, addends: usize) {
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        let (found, expected) = run(spec, isa, workers, addends);
+        assert_eq!(found.len(), expected.len());
+        for (at, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            let error = (found - expected).abs();
+            assert!(
+                error <= 1e-4 * expected.abs().max(1.0),
+                "{isa:?} at {at}: {found}, {expected}"
+            );
+        }
+    }
+}
+
+fn halo(most: usize) -> impl Strategy<Value = Halo> {
+    let side = 0..=most;
+    (side.clone(), side.clone(), side.clone(), side).prop_map(|(top, left, bottom, right)| Halo {
+        top,
+        left,
+        bottom,
+        right,
+    })
+}
+
+fn activation() -> impl Strategy<Value = Activation> {
+    prop_oneof![
+        Just(Activation::None),
+        Just(Activation::Clamp { low: 0.0, high: f32::INFINITY }),
+        Just(Activation::Clamp { low: -0.5, high: 0.5 }),
+        Just(Activation::Leaky { slope: 0.1 }),
+        Just(Activation::HardSwish),
+    ]
+}
+
+/// Channels taken and given, and groups: dense, grouped at will, narrow and depthwise.
+fn channels() -> impl Strategy<Value = (usize, usize, usize)> {
+    prop_oneof![
+        (1..70usize, 1..70usize).prop_map(|(input, output)| (input, output, 1)),
+        (1..6usize, 1..24usize, 1..24usize).prop_map(|(groups, input, output)| (
+            groups * input,
+            groups * output,
+            groups
+        )),
+        (1..20usize, prop_oneof![Just(1usize), Just(2), Just(4), Just(8), Just(16), Just(32)])
+            .prop_map(|(groups, each)| (groups * each, groups * each, groups)),
+    ]
+}
+
+fn spec() -> impl Strategy<Value = ConvSpec> {
+    let image = [1..20usize, 1..40usize];
+    let kernel = [1..6usize, 1..6usize];
+    let shape = (channels(), image, kernel, [1..4usize, 1..4usize], halo(3));
+    let rest = (1..3usize, halo(2), any::<bool>(), activation());
+    (shape, rest).prop_filter_map("smaller than its kernel", |(shape, rest)| {
+        let ((input, output, groups), image, kernel, stride, pads) = shape;
+        let (batch, halo, planar, activation) = rest;
+        let spec = ConvSpec {
+            batch,
+            input,
+            output,
+            groups,
+            image,
+            kernel,
+            stride,
+            pads,
+            halo,
+            planar,
+            activation,
+        };
+        spec.extent().map(|_| spec)
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 256 }))]
+
+    #[test]
+    fn a_convolution_is_what_its_definition_says(spec in spec(), addends in 0..3usize) {
+        check(spec, &Alone, addends);
+    }
+
+    #[test]
+    fn several_workers_compute_what_one_does(spec in spec()) {
+        check(spec, &Two, 1);
+    }
+
+    #[test]
+    fn blocked_and_back_is_the_same(
+        (batch, channels, pixels) in (1..3usize, 1..40usize, 1..200usize),
+        (first, lanes) in (0..40usize, prop_oneof![Just(8usize), Just(16)]),
+    ) {
+        let x = numbers(9, batch * channels * pixels);
+        let blocked = blocks(&x, channels, pixels, lanes);
+        let first = first % channels;
+        let taken = channels - first;
+        let mut back = vec![0.0; batch * taken * pixels];
+        unblock(blocked.as_slice(), first, [batch, taken, pixels], &mut back, lanes).unwrap();
+        let expected: Vec<f32> = x
+            .chunks_exact(channels * pixels)
+            .flat_map(|image| image[first * pixels..].to_vec())
+            .collect();
+        prop_assert_eq!(&back, &expected);
+
+        let mut halves = vec![f16::ZERO; back.len()];
+        unblock(blocked.as_slice(), first, [batch, taken, pixels], &mut halves, lanes).unwrap();
+        let rounded: Vec<f16> = expected.iter().map(|&x| f16::from_f32(x)).collect();
+        prop_assert_eq!(&halves, &rounded);
+
+        let mut wide = Aligned::zeros(batch * taken.next_multiple_of(lanes) * pixels);
+        let sizes = [batch, taken, pixels];
+        block(Planar::F16(&halves), sizes, wide.as_mut_slice(), lanes).unwrap();
+        unblock(wide.as_slice(), 0, sizes, &mut back, lanes).unwrap();
+        let widened: Vec<f32> = rounded.iter().map(|x| x.to_f32()).collect();
+        prop_assert_eq!(&back, &widened);
+    }
+}
+
+#[test]
+fn every_tile_of_every_width() {
+    for width in 1..40 {
+        for (channels, groups) in [(16, 1), (40, 1), (32, 8), (16, 16)] {
+            let spec = ConvSpec {
+                batch: 1,
+                input: channels,
+                output: channels,
+                groups,
+                image: [2, width],
+                kernel: [3, 3],
+                stride: [1, 1],
+                pads: Halo { top: 1, left: 1, bottom: 1, right: 1 },
+                halo: Halo::default(),
+                planar: false,
+                activation: Activation::None,
+            };
+            check(spec, &Alone, 1);
+        }
+    }
+}
+
+#[test]
+fn halves_are_rounded_to_nearest_even() {
+    // 1 + 2⁻¹¹ lies between two halves and goes to the even one below, 1 + 3 · 2⁻¹¹ to the one above.
+    let mut x = Aligned::zeros(8);
+    x.as_mut_slice()[..2].copy_from_slice(&[1.0 + 0.000_488_281_25, 1.0 + 3.0 * 0.000_488_281_25]);
+    let mut halves = [f16::ZERO; 2];
+    unblock(x.as_slice(), 0, [1, 2, 1], &mut halves, 8).unwrap();
+    assert_eq!(halves.map(f16::to_bits), [0x3c00, 0x3c02]);
+}
+
+#[test]
+fn what_makes_no_convolution_is_refused() {
+    let good = ConvSpec {
+        batch: 1,
+        input: 4,
+        output: 4,
+        groups: 2,
+        image: [4, 4],
+        kernel: [3, 3],
+        stride: [1, 1],
+        pads: Halo::default(),
+        halo: Halo::default(),
+        planar: false,
+        activation: Activation::None,
+    };
+    let new = |spec| Conv::new(spec, Isa::Plain, &[0.0; 72], &[0.0; 4]);
+    let conv = new(good).unwrap();
+    let refused = |spec| new(spec).unwrap_err().to_string();
+    assert_eq!(refused(ConvSpec { groups: 3, ..good }), "groups do not divide the channels");
+    assert_eq!(refused(ConvSpec { stride: [0, 1], ..good }), "something is 0");
+    assert_eq!(refused(ConvSpec { kernel: [5, 5], ..good }), "the kernel is larger than the image");
+    assert_eq!(
+        refused(ConvSpec { groups: 1, ..good }),
+        "the weights has 72 elements, expected 144"
+    );
+    let input = vec![0.0; conv.input_len()];
+    let error = conv.run(&input, &[], &mut [0.0; 7], &Alone).unwrap_err();
+    assert_eq!(error.to_string(), "the output has 7 elements, expected 32");
+}
