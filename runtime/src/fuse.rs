@@ -21,8 +21,8 @@ use tract_onnx::tract_core::ops::binary::TypedBinOp;
 use tract_onnx::tract_core::ops::cast::Cast;
 use tract_onnx::tract_core::ops::cnn::{Conv as TractConv, KernelFormat};
 use tract_onnx::tract_core::ops::element_wise::ElementWiseOp;
-use tract_onnx::tract_core::ops::math::{Add, Max, Min, Mul, Sub};
-use tract_onnx::tract_core::ops::nn::{DataFormat, HardSwish, LeakyRelu};
+use tract_onnx::tract_core::ops::math::{Add, Div, Max, Min, Mul, Sub};
+use tract_onnx::tract_core::ops::nn::{DataFormat, HardSwish, LeakyRelu, Reduce, Reducer};
 
 use crate::kernels::{Activation, Conv, ConvSpec, Halo, Isa, Planar, Workers, block, unblock};
 
@@ -329,6 +329,126 @@ impl TypedOp for ToPlanes {
     as_op!();
 }
 
+/// A blocked tensor times a number for each channel, itself blocked.
+#[derive(Clone)]
+struct Scale {
+    results: Results,
+}
+
+/// Sums over all pixels of each channel of a blocked tensor.
+#[derive(Clone)]
+struct Sums {
+    results: Results,
+}
+
+impl Debug for Scale {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.results.shape)
+    }
+}
+
+impl PartialEq for Scale {
+    fn eq(&self, other: &Scale) -> bool {
+        self.results.shape == other.results.shape
+    }
+}
+
+impl Eq for Scale {}
+
+impl Debug for Sums {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.results.shape)
+    }
+}
+
+impl PartialEq for Sums {
+    fn eq(&self, other: &Sums) -> bool {
+        self.results.shape == other.results.shape
+    }
+}
+
+impl Eq for Sums {}
+
+impl Op for Scale {
+    fn name(&self) -> StaticName {
+        "BlockedScale".into()
+    }
+
+    op_as_typed_op!();
+}
+
+impl EvalOp for Scale {
+    op_out_of_plan!();
+
+    fn eval(&self, _: &EvalContext, inputs: TVec<TValue>) -> TractResult<TVec<TValue>> {
+        let (input, factors) = args_2!(inputs);
+        let shape = &self.results.shape;
+        let (pixels, lanes) = (shape[2] * shape[3], shape[4]);
+        let (from, factors) = (elements::<f32>(&input)?, elements::<f32>(&factors)?);
+        let output = self.results.filled(|output| {
+            let mut output = output.try_as_plain_ram_mut()?;
+            let to = output.as_slice_mut::<f32>()?.chunks_exact_mut(pixels * lanes);
+            let blocks = from.chunks_exact(pixels * lanes).zip(factors.chunks_exact(lanes));
+            for (to, (from, factors)) in to.zip(blocks) {
+                for (to, from) in to.chunks_exact_mut(lanes).zip(from.chunks_exact(lanes)) {
+                    for ((to, from), factor) in to.iter_mut().zip(from).zip(factors) {
+                        *to = from * factor;
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        Ok(tvec!(output))
+    }
+}
+
+impl TypedOp for Scale {
+    fn output_facts(&self, _: &[&TypedFact]) -> TractResult<TVec<TypedFact>> {
+        Ok(tvec!(self.results.fact()))
+    }
+
+    as_op!();
+}
+
+impl Op for Sums {
+    fn name(&self) -> StaticName {
+        "BlockedSums".into()
+    }
+
+    op_as_typed_op!();
+}
+
+impl EvalOp for Sums {
+    op_out_of_plan!();
+
+    fn eval(&self, _: &EvalContext, inputs: TVec<TValue>) -> TractResult<TVec<TValue>> {
+        let input = args_1!(inputs);
+        let lanes = self.results.shape[4];
+        let pixels: usize = input.shape()[2..4].iter().product();
+        let from = elements::<f32>(&input)?;
+        let output = self.results.filled(|output| {
+            let mut output = output.try_as_plain_ram_mut()?;
+            let to = output.as_slice_mut::<f32>()?.chunks_exact_mut(lanes);
+            for (to, from) in to.zip(from.chunks_exact(pixels * lanes)) {
+                to.fill(0.0);
+                for from in from.chunks_exact(lanes) {
+                    to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
+                }
+            }
+            Ok(())
+        })?;
+        Ok(tvec!(output))
+    }
+}
+
+impl TypedOp for Sums {
+    fn output_facts(&self, _: &[&TypedFact]) -> TractResult<TVec<TypedFact>> {
+        Ok(tvec!(self.results.fact()))
+    }
+
+    as_op!();
+}
+
 /// A convolution and what follows it, as found in a model.
 #[derive(Clone, Debug)]
 struct Chain {
@@ -405,6 +525,59 @@ impl Chain {
 
     /// Swallows the ops that follow, as long as they fit and nobody else has.
     fn extend(&mut self, model: &TypedModel, taken: &HashSet<usize>) {
+        self.extend_straight(model, taken);
+        if self.activation == Activation::None && self.hard_swish(model, taken).is_some() {
+            self.activation = Activation::HardSwish;
+        }
+    }
+
+    /// `x · clip(x + 3, 0, 6) / 6`, as exporters write it that have no HardSwish.
+    fn hard_swish(&mut self, model: &TypedModel, taken: &HashSet<usize>) -> Option<()> {
+        let x = self.last();
+        if model.outputs.iter().any(|outlet| outlet.node == x) {
+            return None;
+        }
+        let &[first, second] = &*model.node(x).outputs.first()?.successors else { return None };
+        // An op of the kind wanted, applied to `of` and one number.
+        let with = |node: &TypedNode, of: usize| -> Option<f32> {
+            let slot = node.inputs.iter().position(|input| input.node == of)?;
+            scalar(model.outlet_fact(*node.inputs.get(1 - slot)?).ok()?)
+        };
+        let next = |node: &TypedNode| model.single_succ(node.id).ok()?.map(|next| next.id);
+        let is = |node: &TypedNode, kind: fn(&TypedBinOp) -> bool| {
+            node.op_as::<TypedBinOp>().is_some_and(kind)
+        };
+        let nodes = [model.node(first.node), model.node(second.node)];
+        let shifted = nodes.into_iter().find(|node| is(node, |op| op.0.is::<Add>()))?;
+        let product = nodes.into_iter().find(|node| is(node, |op| op.0.is::<Mul>()))?;
+        let low = model.node(next(shifted)?);
+        let high = model.node(next(low)?);
+        let whole = model.node(next(product)?);
+        let bounds = is(low, |op| op.0.is::<Max>()) && is(high, |op| op.0.is::<Min>());
+        let sixth = match with(whole, product.id)? {
+            six if is(whole, |op| op.0.is::<Div>()) && whole.inputs[0].node == product.id => {
+                1.0 / six
+            }
+            sixth if is(whole, |op| op.0.is::<Mul>()) => sixth,
+            _ => return None,
+        };
+        let numbers = [with(shifted, x)?, with(low, shifted.id)?, with(high, low.id)?];
+        let fits = bounds
+            && next(high)? == product.id
+            && numbers == [3.0, 0.0, 6.0]
+            && (sixth - 1.0 / 6.0).abs() < 1e-6
+            && concrete(&whole.outputs[0].fact)? == self.shape;
+        let swallowed = [shifted.id, low.id, high.id, product.id, whole.id];
+        let inner = &swallowed[..4];
+        let is_seen = model.outputs.iter().any(|outlet| inner.contains(&outlet.node));
+        if !fits || is_seen || swallowed.iter().any(|id| taken.contains(id)) {
+            return None;
+        }
+        self.nodes.extend(swallowed);
+        Some(())
+    }
+
+    fn extend_straight(&mut self, model: &TypedModel, taken: &HashSet<usize>) {
         while let Some(next) = self.successor(model).filter(|next| !taken.contains(&next.id)) {
             if self.swallow(model, next).is_none() {
                 break;
@@ -686,7 +859,7 @@ impl Builder<'_> {
         if self.taken.contains(&id) || self.slice(node)? || self.cast(node)? || self.concat(node)? {
             return Ok(());
         }
-        if self.element_wise(node)? {
+        if self.element_wise(node)? || self.scale(node)? || self.sums(node)? {
             return Ok(());
         }
         let inputs = node.inputs.iter().map(|&input| self.planar(input));
@@ -845,6 +1018,52 @@ impl Builder<'_> {
         }
         let outlet = self.wire(&node.name, node.op.clone(), &inputs)?[0];
         self.blocked_at(node.id.into(), outlet, shape[1]);
+        Ok(true)
+    }
+
+    /// A blocked tensor times one number for each of its channels, computed elsewhere.
+    fn scale(&mut self, node: &TypedNode) -> TractResult<bool> {
+        if !node.op_as::<TypedBinOp>().is_some_and(|op| op.0.is::<Mul>() && op.1.is_none()) {
+            return Ok(false);
+        }
+        let &[one, other] = &*node.inputs else { return Ok(false) };
+        let (full, factors) = if self.is_only_blocked(one) { (one, other) } else { (other, one) };
+        let facts = (self.old.outlet_fact(full)?, self.old.outlet_fact(factors)?);
+        let floats = [facts.0, facts.1].iter().all(|fact| fact.datum_type == f32::datum_type());
+        let (Some(shape), Some(small)) = (concrete(facts.0), concrete(facts.1)) else {
+            return Ok(false);
+        };
+        let expected: TVec<usize> = match &*shape {
+            &[batch, channels, _, _] => tvec![batch, channels, 1, 1],
+            _ => return Ok(false),
+        };
+        if !floats || !self.is_only_blocked(full) || small != expected || small == shape {
+            return Ok(false);
+        }
+        let shape = self.blocked_shape(&shape);
+        let results = Results::new(&self.fusion.memory, f32::datum_type(), &shape);
+        let inputs = [self.blocked(full)?, self.blocked(factors)?];
+        let outlet = self.wire(&node.name, Scale { results }, &inputs)?[0];
+        self.blocked_at(node.id.into(), outlet, expected[1]);
+        Ok(true)
+    }
+
+    /// Sums of a blocked tensor over its pixels: what a global average pool begins with.
+    fn sums(&mut self, node: &TypedNode) -> TractResult<bool> {
+        let is_sum = node
+            .op_as::<Reduce>()
+            .is_some_and(|reduce| reduce.reducer == Reducer::Sum && *reduce.axes == [2, 3]);
+        if !is_sum || self.only_blocked(node).is_none() {
+            return Ok(false);
+        }
+        let input = node.inputs[0];
+        let shape = self.shape(input)?;
+        let &[batch, channels, _, _] = &*shape else { return Ok(false) };
+        let shape = self.blocked_shape(&[batch, channels, 1, 1]);
+        let results = Results::new(&self.fusion.memory, f32::datum_type(), &shape);
+        let from = self.blocked(input)?;
+        let outlet = self.wire(&node.name, Sums { results }, &[from])?[0];
+        self.blocked_at(node.id.into(), outlet, channels);
         Ok(true)
     }
 

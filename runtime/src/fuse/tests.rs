@@ -318,6 +318,34 @@ fn what_kernels_do_not_cover_is_left_to_tract() {
     equals_stock(&shard);
 }
 
+/// A squeeze and excitation with the hard swish that exporters write out.
+#[test]
+fn a_mobile_block_is_blocked_throughout() {
+    let number = |name: &str, x: f32| TensorProto::f32(name, &[], &[x]);
+    let mut net = Net::default().input("x", &[1, 24, 6, 10]);
+    for (name, x) in [("zero", 0.0), ("three", 3.0), ("six", 6.0)] {
+        net.graph.initializer.push(number(name, x));
+    }
+    let shard = net
+        .conv("x", "c", [24, 40, 1], [1, 1])
+        .op("Add", &["c", "three"], "up", &[])
+        .op("Clip", &["up", "zero", "six"], "clipped", &[])
+        .op("Mul", &["c", "clipped"], "product", &[])
+        .op("Div", &["product", "six"], "h", &[])
+        .op("GlobalAveragePool", &["h"], "mean", &[])
+        .conv("mean", "s1", [40, 8, 1], [1, 1])
+        .op("Relu", &["s1"], "r", &[])
+        .conv("r", "s2", [8, 40, 1], [1, 1])
+        .op("HardSigmoid", &["s2"], "gate", &[])
+        .op("Mul", &["h", "gate"], "gated", &[])
+        .conv("gated", "y", [40, 24, 1], [1, 1])
+        .shard(&["y"]);
+    equals_stock(&shard);
+    let ops = ops(&shard);
+    let count = |name: &str| ops.iter().filter(|op| *op == name).count();
+    assert_eq!([count("BlockedConv"), count("ToBlocks"), count("ToPlanes")], [4, 1, 1], "{ops:?}");
+}
+
 #[test]
 fn nothing_is_kept_from_one_request_to_the_next() {
     let shard = exchanging();

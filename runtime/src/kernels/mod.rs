@@ -18,6 +18,7 @@ pub mod conv;
 pub mod layout;
 
 mod lanes;
+mod peak;
 mod strip;
 mod table;
 #[cfg(test)]
@@ -25,6 +26,7 @@ mod tests;
 
 pub use conv::{Conv, ConvError, ConvSpec, Halo};
 pub use layout::{Planar, block, unblock};
+pub use peak::fma_loop;
 
 /// An instruction set that kernels exist for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
