@@ -15,6 +15,7 @@ mod cluster;
 mod commands;
 mod equality;
 mod faults;
+mod http;
 mod overlap;
 mod processes;
 mod survival;

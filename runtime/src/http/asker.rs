@@ -102,7 +102,8 @@ impl ClusterAsker {
 
     async fn ask_reports(&self) -> Vec<NodeReport> {
         let key = format!("snn/{}/report/*", split_prefix(&self.split));
-        let answers = ask(&self.session, &key, Bytes::new(), REPORT_WITHIN).await.unwrap_or_default();
+        let answers =
+            ask(&self.session, &key, Bytes::new(), REPORT_WITHIN).await.unwrap_or_default();
         let mut reports: Vec<NodeReport> =
             answers.iter().filter_map(|answer| parse(answer).ok()).collect();
         reports.sort_by_key(|report| report.rank);
@@ -121,9 +122,9 @@ impl Asker for ClusterAsker {
         within: Duration,
     ) -> BoxFuture<'_, Result<Answer, Unanswered>> {
         // The process that computes the entry rank answers, whoever that is, this one included.
-        Box::pin(async move {
-            Ok(client::infer(&self.session, &self.split, inputs, within).await?)
-        })
+        Box::pin(
+            async move { Ok(client::infer(&self.session, &self.split, inputs, within).await?) },
+        )
     }
 
     fn reports(&self) -> BoxFuture<'_, Vec<NodeReport>> {

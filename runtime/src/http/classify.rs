@@ -23,7 +23,8 @@ pub type Picture = Arc<dyn Fn(&Bytes, &ClusterInfo) -> Result<Vec<Tensor>, Strin
 pub(super) fn top(answer: &Answer, info: &ClusterInfo) -> Value {
     let values = answer.outputs.first().map_or(&[][..], Tensor::data);
     let names = info.metadata.iter().find(|(key, _)| key == CLASSES).map(|(_, names)| names);
-    let names: Vec<&str> = names.map(|names| names.split(',').map(str::trim).collect()).unwrap_or_default();
+    let names: Vec<&str> =
+        names.map(|names| names.split(',').map(str::trim).collect()).unwrap_or_default();
     let mut order: Vec<usize> = (0..values.len()).collect();
     order.sort_by(|&a, &b| values[b].total_cmp(&values[a]));
     let entry = |&index: &usize| match names.get(index).filter(|_| names.len() == values.len()) {

@@ -49,7 +49,8 @@ pub fn model_name(info: &ClusterInfo) -> &str {
 
 /// What the model takes and gives.
 pub fn model(info: &ClusterInfo) -> Value {
-    let port = |port: &Port| json!({ "name": port.name, "datatype": DATATYPE, "shape": port.shape });
+    let port =
+        |port: &Port| json!({ "name": port.name, "datatype": DATATYPE, "shape": port.shape });
     json!({
         "name": model_name(info),
         "versions": [VERSION],
@@ -128,8 +129,8 @@ pub fn read(body: &Bytes, header: Option<usize>, info: &ClusterInfo) -> Result<R
         return Err(format!("{HEADER_LENGTH} is {length}, but the body has {body} bytes"));
     }
     let (json, binary) = body.split_at(length);
-    let parsed: Body =
-        serde_json::from_slice(json).map_err(|error| format!("the request is unreadable: {error}"))?;
+    let parsed: Body = serde_json::from_slice(json)
+        .map_err(|error| format!("the request is unreadable: {error}"))?;
     let within = timeout(&parsed.parameters)?;
     let binary_default = flag(&parsed.parameters, "binary_data_output", "the request")?;
     let outputs = outputs(&parsed.outputs, binary_default.unwrap_or(false), info)?;
@@ -172,7 +173,9 @@ fn tensor(input: Input, port: &Port, binary: &mut &[u8]) -> Result<Tensor, Strin
         (Some(_), Some(_)) => {
             return Err(format!("input {name:?} has both data and binary_data_size"));
         }
-        (None, None) => return Err(format!("input {name:?} has neither data nor binary_data_size")),
+        (None, None) => {
+            return Err(format!("input {name:?} has neither data nor binary_data_size"));
+        }
         (None, Some(Numbers(data))) => data,
         (Some(size), None) => take(binary, size, expected * size_of::<f32>(), name)?,
     };
@@ -189,7 +192,9 @@ fn take(binary: &mut &[u8], size: &Value, expected: usize, name: &str) -> Result
     }
     let Some((bytes, rest)) = binary.split_at_checked(expected) else {
         let left = binary.len();
-        return Err(format!("input {name:?} has {expected} bytes of binary data, but {left} are left"));
+        return Err(format!(
+            "input {name:?} has {expected} bytes of binary data, but {left} are left"
+        ));
     };
     *binary = rest;
     Ok(bytes.as_chunks().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect())
@@ -349,7 +354,13 @@ pub fn write(
         }
         let data = (!is_binary).then_some(tensor.data());
         let shape = tensor.shape();
-        outputs.push(AnswerTensor { name: &port.name, datatype: DATATYPE, shape, parameters, data });
+        outputs.push(AnswerTensor {
+            name: &port.name,
+            datatype: DATATYPE,
+            shape,
+            parameters,
+            data,
+        });
     }
     let mut parameters = Map::new();
     if answer.degraded {
@@ -379,15 +390,20 @@ mod tests {
     }
 
     fn answer() -> Answer {
-        let tensor = |shape: &[usize], data: &[f32]| Tensor::new(shape.to_vec(), data.to_vec()).unwrap();
-        Answer { outputs: vec![tensor(&[1, 2], &[1.0, 2.0]), tensor(&[1], &[3.0])], degraded: false }
+        let tensor =
+            |shape: &[usize], data: &[f32]| Tensor::new(shape.to_vec(), data.to_vec()).unwrap();
+        Answer {
+            outputs: vec![tensor(&[1, 2], &[1.0, 2.0]), tensor(&[1], &[3.0])],
+            degraded: false,
+        }
     }
 
     fn read_json(json: &str) -> Result<Request, String> {
         read(&Bytes::copy_from_slice(json.as_bytes()), None, &info())
     }
 
-    const GOOD: &str = r#"{"inputs":[{"name":"x","shape":[1,2],"datatype":"FP32","data":[[0.5,-2]]}]}"#;
+    const GOOD: &str =
+        r#"{"inputs":[{"name":"x","shape":[1,2],"datatype":"FP32","data":[[0.5,-2]]}]}"#;
 
     #[test]
     fn numbers_may_be_nested_or_flat() {
@@ -471,7 +487,14 @@ mod tests {
         ] {
             assert_eq!(found, expected);
         }
-        for unreadable in ["", "{", "[]", "{\"inputs\":3}", &GOOD.replace("-2", "1e300"), &GOOD.replace("-2", "\"a\"")] {
+        for unreadable in [
+            "",
+            "{",
+            "[]",
+            "{\"inputs\":3}",
+            &GOOD.replace("-2", "1e300"),
+            &GOOD.replace("-2", "\"a\""),
+        ] {
             let error = read_json(unreadable).unwrap_err();
             assert!(error.starts_with("the request is unreadable: "), "{error}");
         }
@@ -501,7 +524,8 @@ mod tests {
 
     #[test]
     fn an_answer_is_written_as_it_was_asked_for() {
-        let wanted = read_json(&GOOD.replace("{\"inputs\"", "{\"id\":\"7\",\"inputs\"")).unwrap().wanted;
+        let wanted =
+            read_json(&GOOD.replace("{\"inputs\"", "{\"id\":\"7\",\"inputs\"")).unwrap().wanted;
         let (body, length) = write(&answer(), &wanted, &info()).unwrap();
         let expected = r#"{"model_name":"digits","model_version":"1","id":"7","outputs":[{"name":"y","datatype":"FP32","shape":[1,2],"data":[1.0,2.0]},{"name":"z","datatype":"FP32","shape":[1],"data":[3.0]}]}"#;
         assert_eq!((String::from_utf8(body).unwrap().as_str(), length), (expected, None));

@@ -174,12 +174,7 @@ async fn model_ready(State(app): Shared, Path(named): Named) -> Answered {
     Ok((status, Json(json!({ "name": oip::model_name(&info), "ready": ready }))).into_response())
 }
 
-async fn infer(
-    State(app): Shared,
-    Path(named): Named,
-    head: HeaderMap,
-    body: Body,
-) -> Answered {
+async fn infer(State(app): Shared, Path(named): Named, head: HeaderMap, body: Body) -> Answered {
     let Some(place) = app.gate.enter() else { return Err(app.turn_away(body).await) };
     let info = match app.named(&named).await {
         Ok(info) => info,
@@ -263,7 +258,8 @@ impl App {
             let reason = format!("the body has more than {limit} bytes");
             Problem::new(StatusCode::PAYLOAD_TOO_LARGE, reason)
         };
-        let announced = head.get(header::CONTENT_LENGTH).and_then(|n| n.to_str().ok()?.parse().ok());
+        let announced =
+            head.get(header::CONTENT_LENGTH).and_then(|n| n.to_str().ok()?.parse().ok());
         if announced.is_some_and(|bytes: usize| bytes > limit) {
             return Err(spare(body, too_large()).await);
         }

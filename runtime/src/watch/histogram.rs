@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 /// Upper bounds of the buckets, in ms: about three a factor of two where answers of small networks
 /// lie, and up to the longest deadlines. A last bucket takes everything above.
 pub const BOUNDS_MS: [f64; 20] = [
-    0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 100.0, 200.0, 500.0,
-    1_000.0, 2_000.0, 5_000.0,
+    0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 100.0, 200.0,
+    500.0, 1_000.0, 2_000.0, 5_000.0,
 ];
 
 /// How many durations fell into each bucket.

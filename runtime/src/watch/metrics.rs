@@ -9,9 +9,7 @@ use std::fmt;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
-use prometheus_client::encoding::{
-    DescriptorEncoder, EncodeMetric, MetricEncoder, NoLabelSet,
-};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
@@ -76,11 +74,15 @@ impl Page {
         let counts: [Count; 4] = [
             ("requests", "Requests a rank has done its part of", |report| report.requests),
             ("failures", "Requests that ended before a rank was done", |report| report.failures),
-            ("sent_bytes", "Bytes of all frames sent, headers included", |report| report.bytes_sent),
+            ("sent_bytes", "Bytes of all frames sent, headers included", |report| {
+                report.bytes_sent
+            }),
             ("sent_frames", "Frames sent", |report| report.frames_sent),
         ];
         for (name, help, count) in counts {
-            self.each_rank(out, (name, help), |each, rank, report| each.counter(&[rank], count(report)))?;
+            self.each_rank(out, (name, help), |each, rank, report| {
+                each.counter(&[rank], count(report))
+            })?;
         }
         type Time = (&'static str, &'static str, fn(&NodeReport) -> f64);
         let times: [Time; 3] = [
@@ -114,12 +116,16 @@ impl Page {
                 each.counter(&[rank.clone(), transfer(send.transfer), to], send.bytes)
             })
         })?;
-        self.each_rank(out, ("transfer_sent_frames", "Frames sent by each transfer"), |each, rank, report| {
-            report.sends.iter().try_for_each(|send| {
-                let to = ("to", send.to.to_string());
-                each.counter(&[rank.clone(), transfer(send.transfer), to], send.frames)
-            })
-        })?;
+        self.each_rank(
+            out,
+            ("transfer_sent_frames", "Frames sent by each transfer"),
+            |each, rank, report| {
+                report.sends.iter().try_for_each(|send| {
+                    let to = ("to", send.to.to_string());
+                    each.counter(&[rank.clone(), transfer(send.transfer), to], send.frames)
+                })
+            },
+        )?;
         let waited = "Time between coming to each receive and its tensor being there";
         self.each_rank(out, ("transfer_waited_seconds", waited), |each, rank, report| {
             report.receives.iter().try_for_each(|receive| {
@@ -132,7 +138,8 @@ impl Page {
 
     fn http(&self, out: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let help = "HTTP answers by endpoint and status code";
-        let mut each = Each(out.encode_descriptor("http_answers", help, None, MetricType::Counter)?);
+        let mut each =
+            Each(out.encode_descriptor("http_answers", help, None, MetricType::Counter)?);
         for &(endpoint, code, answers) in &self.http.answers {
             let labels = [("endpoint", endpoint.to_owned()), ("code", code.to_string())];
             each.counter(&labels, answers)?;
@@ -225,7 +232,8 @@ mod tests {
             latency,
             ..NodeReport::default()
         };
-        let http = HttpReport { answers: vec![("infer", 429, 2)], running: 3, ..HttpReport::default() };
+        let http =
+            HttpReport { answers: vec![("infer", 429, 2)], running: 3, ..HttpReport::default() };
         let (reports, missing) = (vec![report], [2].into());
         let own = Own { reports, missing, takeovers: 2, ..Own::default() };
         let text = Page { nodes: 4, own, http }.text();

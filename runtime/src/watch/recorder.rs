@@ -212,7 +212,8 @@ mod tests {
         let span = Span { kind: Kind::Wait, id: 3, request: u64::MAX, start: 5, end: 9 };
         let lane = Lane { rank: 1, spans: vec![span], dropped: 0, unix_ns: 1 };
         let json = serde_json::to_string(&lane).unwrap();
-        let expected = r#"{"rank":1,"spans":[[3,3,18446744073709551615,5,9]],"dropped":0,"unix_ns":1}"#;
+        let expected =
+            r#"{"rank":1,"spans":[[3,3,18446744073709551615,5,9]],"dropped":0,"unix_ns":1}"#;
         assert_eq!(json, expected);
         assert_eq!(serde_json::from_str::<Lane>(&json).unwrap(), lane);
         assert!(serde_json::from_str::<Span>("[9,0,0,0,0]").is_err());

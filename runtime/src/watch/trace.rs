@@ -63,7 +63,8 @@ fn journeys(lanes: &[Aligned]) -> Vec<Journey<'_>> {
     for lane in lanes {
         left.extend(lane.of(Kind::Encode).map(|span| ((span.request, span.id), lane.at(span.end))));
     }
-    let arrivals = lanes.iter().flat_map(|lane| lane.of(Kind::Arrived).map(move |span| (lane, span)));
+    let arrivals =
+        lanes.iter().flat_map(|lane| lane.of(Kind::Arrived).map(move |span| (lane, span)));
     let journey = |(receiver, span): (_, &Span)| {
         let &left = left.get(&(span.request, span.id))?;
         let receiver: &Aligned = receiver;
@@ -226,7 +227,10 @@ mod tests {
         };
         assert_eq!(find("M", "thread_name")["args"]["name"], "node 0");
         // The earliest span begins the axis: rank 1 computes from 8 on.
-        assert_eq!((find("X", "segment 0")["ts"].as_f64(), find("X", "segment 0")["dur"].as_f64()), (Some(0.0), Some(5000.0)));
+        assert_eq!(
+            (find("X", "segment 0")["ts"].as_f64(), find("X", "segment 0")["dur"].as_f64()),
+            (Some(0.0), Some(5000.0))
+        );
         assert_eq!(find("X", "send t4")["ts"].as_f64(), Some(1000.0));
         assert_eq!(find("X", "wait t4")["tid"], 1);
         assert_eq!(find("s", "t4")["id"], find("f", "t4")["id"]);
