@@ -31,7 +31,8 @@ fn main() -> ExitCode {
     if let Some(code) = serve_if_child() {
         return code;
     }
-    let folder = std::env::args_os().nth(1).map_or_else(|| "target/quickstart".into(), PathBuf::from);
+    let folder =
+        std::env::args_os().nth(1).map_or_else(|| "target/quickstart".into(), PathBuf::from);
     let runtime = tokio::runtime::Runtime::new();
     let done = runtime.map_err(Into::into).and_then(|runtime| runtime.block_on(run(&folder)));
     match done {
@@ -47,7 +48,11 @@ async fn run(folder: &Path) -> Result<()> {
     let start = Instant::now();
     let config = Config::digits();
     let data = Data::load(&config, None)?;
-    println!("{} digits to train on, {} held out", data.train.len() + data.validation.len(), data.test.len());
+    println!(
+        "{} digits to train on, {} held out",
+        data.train.len() + data.validation.len(),
+        data.test.len()
+    );
 
     let outcome = train(&config, folder)?;
     println!("\nTrained and searched in {:.0} s.\n", start.elapsed().as_secs_f64());
@@ -78,7 +83,8 @@ fn train(config: &Config, folder: &Path) -> Result<Outcome> {
     if run.exists() {
         fs::remove_dir_all(&run)?;
     }
-    let style = ProgressStyle::with_template("{prefix:>9} {bar:30} {pos:>3}/{len:<3} {msg} [{elapsed}]")?;
+    let style =
+        ProgressStyle::with_template("{prefix:>9} {bar:30} {pos:>3}/{len:<3} {msg} [{elapsed}]")?;
     let bar = ProgressBar::new(0).with_style(style);
     let mut progress = |report: &Report| {
         bar.set_prefix(report.stage.to_string());
@@ -132,7 +138,10 @@ async fn classify_whole(split: &Split, images: &Dataset) -> Result<Vec<usize>> {
 }
 
 /// The class of each image, by four processes; and what these have counted.
-async fn classify_on_four(folder: &Path, images: &Dataset) -> Result<(Vec<usize>, Vec<NodeReport>)> {
+async fn classify_on_four(
+    folder: &Path,
+    images: &Dataset,
+) -> Result<(Vec<usize>, Vec<NodeReport>)> {
     let cluster = LocalCluster::start(folder, LocalOptions::default()).await?;
     println!("\nFour processes are running: {:?}", cluster.process_ids());
     let mut classes = Vec::with_capacity(images.len());
@@ -156,12 +165,21 @@ fn largest(logits: &[f32]) -> usize {
 }
 
 fn print_answers(images: &Dataset, whole: &[usize], cluster: &[usize]) -> Result<()> {
-    let right = |classes: &[usize]| classes.iter().zip(images.labels()).filter(|(a, b)| a == b).count();
+    let right =
+        |classes: &[usize]| classes.iter().zip(images.labels()).filter(|(a, b)| a == b).count();
     let equal = whole.iter().zip(cluster).filter(|(a, b)| a == b).count();
     let (count, percent) = (images.len(), 100.0 / images.len() as f64);
     println!("held-out digits told right");
-    println!("  whole network    {:>4} of {count}  {:.2} %", right(whole), right(whole) as f64 * percent);
-    println!("  four processes   {:>4} of {count}  {:.2} %", right(cluster), right(cluster) as f64 * percent);
+    println!(
+        "  whole network    {:>4} of {count}  {:.2} %",
+        right(whole),
+        right(whole) as f64 * percent
+    );
+    println!(
+        "  four processes   {:>4} of {count}  {:.2} %",
+        right(cluster),
+        right(cluster) as f64 * percent
+    );
     println!("  same prediction  {equal:>4} of {count}");
     match equal == count {
         true => Ok(()),
@@ -170,7 +188,10 @@ fn print_answers(images: &Dataset, whole: &[usize], cluster: &[usize]) -> Result
 }
 
 fn print_times(reports: &[NodeReport], requests: usize) {
-    println!("\n{:<6} {:>12} {:>12} {:>12}   a request", "node", "compute ms", "waiting ms", "bytes sent");
+    println!(
+        "\n{:<6} {:>12} {:>12} {:>12}   a request",
+        "node", "compute ms", "waiting ms", "bytes sent"
+    );
     for report in reports {
         let each = requests as f64;
         println!(

@@ -12,8 +12,8 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use snn_schemas::manifest::Port;
 use snn_schemas::wire;
-use zenoh::query::{ConsolidationMode, QueryTarget};
 use zenoh::Session;
+use zenoh::query::{ConsolidationMode, QueryTarget};
 
 use crate::key::ClusterKey;
 use crate::transport::zenoh::{
@@ -129,11 +129,7 @@ impl Client {
     ///
     /// # Errors
     /// The cluster's refusal in its own words, or that there was no answer in time.
-    pub async fn infer(
-        &self,
-        inputs: Vec<Tensor>,
-        within: Duration,
-    ) -> Result<Answer, AskError> {
+    pub async fn infer(&self, inputs: Vec<Tensor>, within: Duration) -> Result<Answer, AskError> {
         infer(&self.session, &self.info.split, inputs, within).await
     }
 

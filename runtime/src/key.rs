@@ -161,7 +161,10 @@ mod tests {
         assert_eq!(read, key);
         let printed = format!("{key:?}");
         assert_eq!(printed, format!("ClusterKey({})", key.fingerprint()));
-        assert_ne!(key.fingerprint(), ClusterKey::new(Duration::from_secs(60)).unwrap().fingerprint());
+        assert_ne!(
+            key.fingerprint(),
+            ClusterKey::new(Duration::from_secs(60)).unwrap().fingerprint()
+        );
     }
 
     #[test]

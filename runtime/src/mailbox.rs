@@ -241,7 +241,12 @@ impl Mailbox {
 }
 
 impl State {
-    fn open(&mut self, request: u64, deadline: Instant, inputs: Vec<Tensor>) -> Result<(), Refused> {
+    fn open(
+        &mut self,
+        request: u64,
+        deadline: Instant,
+        inputs: Vec<Tensor>,
+    ) -> Result<(), Refused> {
         if self.closed {
             return Err(Refused::Closed);
         }
@@ -405,7 +410,10 @@ mod tests {
         let jobs = [(30, Some(3)), (10, Some(3)), (20, Some(3))];
         assert!(matches!(next(&mailbox, &jobs), Next::Arrived(2, _)));
         mailbox.post(frame(10, 3)).unwrap();
-        assert!(matches!(next(&mailbox, &[(30, Some(3)), (10, Some(3)), (20, None)]), Next::Arrived(1, _)));
+        assert!(matches!(
+            next(&mailbox, &[(30, Some(3)), (10, Some(3)), (20, None)]),
+            Next::Arrived(1, _)
+        ));
     }
 
     #[test]

@@ -65,7 +65,12 @@ impl Announcement {
         let hexadecimal = split.len() == 64 && split.bytes().all(|b| b.is_ascii_hexdigit());
         let rank = rank.parse().ok().filter(|&rank| rank < MAX_GROUPS)?;
         let (split, session) = (split.to_owned(), session.to_owned());
-        (hexadecimal && parts.next().is_none()).then_some(Announcement { split, rank, role, session })
+        (hexadecimal && parts.next().is_none()).then_some(Announcement {
+            split,
+            rank,
+            role,
+            session,
+        })
     }
 }
 
@@ -78,15 +83,19 @@ pub type Homes = BTreeMap<usize, BTreeSet<String>>;
 /// home. Empty where nobody is there at all.
 pub fn hosts(nodes: usize, homes: &Homes) -> BTreeMap<usize, BTreeSet<String>> {
     // Of several processes at one home the first stands in for others.
-    let mut burden: BTreeMap<usize, usize> =
-        homes.iter().filter(|(_, sessions)| !sessions.is_empty()).map(|(&rank, _)| (rank, 1)).collect();
+    let mut burden: BTreeMap<usize, usize> = homes
+        .iter()
+        .filter(|(_, sessions)| !sessions.is_empty())
+        .map(|(&rank, _)| (rank, 1))
+        .collect();
     let mut hosts = BTreeMap::new();
     for rank in 0..nodes {
         if let Some(sessions) = homes.get(&rank).filter(|sessions| !sessions.is_empty()) {
             hosts.insert(rank, sessions.clone());
             continue;
         }
-        let least = burden.iter().min_by_key(|(home, count)| (**count, **home)).map(|(home, _)| *home);
+        let least =
+            burden.iter().min_by_key(|(home, count)| (**count, **home)).map(|(home, _)| *home);
         if let Some(home) = least {
             *burden.entry(home).or_default() += 1;
             let first = homes.get(&home).and_then(|sessions| sessions.first());
@@ -135,7 +144,9 @@ mod tests {
         let announcement = Announcement { split, rank: 3, role: Role::Guest, session };
         let key = announcement.key();
         assert_eq!(Announcement::parse(&key), Some(announcement));
-        for bad in [key.replace("/3/", "/9/"), key.replace("guest", "host"), key + "/x", ALIVE.into()] {
+        for bad in
+            [key.replace("/3/", "/9/"), key.replace("guest", "host"), key + "/x", ALIVE.into()]
+        {
             assert_eq!(Announcement::parse(&bad), None, "{bad}");
         }
     }

@@ -191,10 +191,13 @@ impl Core {
                 self.mailbox.cancel(request, &reason);
                 // The entry node tells others; where it is told, the asker must hear of it.
                 let rank = from.into();
-                self.answer(request, Err(match again {
-                    true => InferError::PeerLost { reason },
-                    false => InferError::Peer { rank, reason },
-                }));
+                self.answer(
+                    request,
+                    Err(match again {
+                        true => InferError::PeerLost { reason },
+                        false => InferError::Peer { rank, reason },
+                    }),
+                );
             }
         }
         Ok(())
@@ -255,7 +258,8 @@ impl Node {
         let (outbox, leaving) = Outbox::new(shard.identity());
         let core = Arc::new(Core::new(shard, outbox));
         let program = shard.program().clone();
-        let (inputs, outputs) = (ports(&program, &program.inputs), ports(&program, &program.outputs));
+        let (inputs, outputs) =
+            (ports(&program, &program.inputs), ports(&program, &program.outputs));
         let (loaded, loading) = oneshot::channel();
         let worker = Worker { core: Arc::clone(&core), program };
         let compute = thread::Builder::new()
@@ -699,7 +703,10 @@ impl Worker {
         if end == End::Late {
             let waiting = match self.program.steps.get(work.at) {
                 Some(Step::Receive(Crossing { transfer, peer, .. })) => {
-                    format!("rank {} waited for t{transfer} of rank {peer}", self.core.identity.rank)
+                    format!(
+                        "rank {} waited for t{transfer} of rank {peer}",
+                        self.core.identity.rank
+                    )
                 }
                 _ => String::new(),
             };

@@ -24,7 +24,7 @@ use tokio::task::JoinSet;
 use zenoh::handlers::FifoChannelHandler;
 use zenoh::query::{ConsolidationMode, Query, QueryTarget, Queryable};
 
-use crate::client::{ClusterInfo, info_key, infer_key, report_key, shard_key};
+use crate::client::{ClusterInfo, infer_key, info_key, report_key, shard_key};
 use crate::engine::Engine;
 use crate::http::{Asker, ClusterAsker, Own};
 use crate::mailbox::MAX_WITHIN;
@@ -324,7 +324,8 @@ impl Process {
     /// Gives shards to those who ask for them.
     async fn hand_out_shards(self: Arc<Self>, questions: Questions) {
         while let Ok(query) = questions.recv_async().await {
-            let asked = query.key_expr().as_str().rsplit('/').next().and_then(|rank| rank.parse().ok());
+            let asked =
+                query.key_expr().as_str().rsplit('/').next().and_then(|rank| rank.parse().ok());
             if let Some(rank) = asked.filter(|&rank| rank < self.info.nodes)
                 && let Some(bytes) = self.shelf.get(rank)
             {
@@ -372,11 +373,7 @@ async fn try_answer(
     let described = Bytes::from(serde_json::to_vec(&described)?);
     let about = queryable(link, &info_key(&info.split)).await?;
     let asked = queryable(link, &infer_key(&info.split)).await?;
-    tokio::join!(
-        watched,
-        answer_info(about, described),
-        answer_questions(asked, node, options),
-    );
+    tokio::join!(watched, answer_info(about, described), answer_questions(asked, node, options),);
     Ok(())
 }
 

@@ -405,7 +405,8 @@ impl<'a> Builder<'a> {
 fn names_taken(node: &NodeProto) -> Vec<&str> {
     let mut names: Vec<&str> =
         node.input.iter().map(String::as_str).filter(|name| !name.is_empty()).collect();
-    let graphs = node.attribute.iter().flat_map(|attribute| attribute.g.iter().chain(&attribute.graphs));
+    let graphs =
+        node.attribute.iter().flat_map(|attribute| attribute.g.iter().chain(&attribute.graphs));
     for graph in graphs {
         let inner: HashSet<&str> = graph
             .node

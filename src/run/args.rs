@@ -279,9 +279,15 @@ mod tests {
 
     #[test]
     fn each_command_is_recognised() {
-        assert!(matches!(mode("snn-run d/shard_1.onnx --peer a:1 --peer b:2"), Mode::Node(n) if n.peers.len() == 2));
-        assert!(matches!(mode("snn-run --local d --input a.npy b.npy --json"), Mode::Local(l) if l.inputs.len() == 2 && l.json));
-        assert!(matches!(mode("snn-run infer --node a:1 x.npy"), Mode::Infer(i) if i.node == ["a:1"]));
+        assert!(
+            matches!(mode("snn-run d/shard_1.onnx --peer a:1 --peer b:2"), Mode::Node(n) if n.peers.len() == 2)
+        );
+        assert!(
+            matches!(mode("snn-run --local d --input a.npy b.npy --json"), Mode::Local(l) if l.inputs.len() == 2 && l.json)
+        );
+        assert!(
+            matches!(mode("snn-run infer --node a:1 x.npy"), Mode::Infer(i) if i.node == ["a:1"])
+        );
     }
 
     #[test]

@@ -277,11 +277,8 @@ mod tests {
 
     #[test]
     fn an_image_is_resized_and_normalised_a_channel_at_a_time() {
-        let image = DynamicImage::ImageRgb8(image::RgbImage::from_pixel(
-            4,
-            4,
-            image::Rgb([255, 0, 51]),
-        ));
+        let image =
+            DynamicImage::ImageRgb8(image::RgbImage::from_pixel(4, 4, image::Rgb([255, 0, 51])));
         let mut spec = spec(&[1, 3, 2, 2]);
         spec.normalisation.mean = vec![0.5, 0.0, 0.2];
         spec.normalisation.std = vec![0.5, 1.0, 0.1];

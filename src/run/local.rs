@@ -298,11 +298,7 @@ async fn wait_listening(
     }
 }
 
-async fn wait_ready(
-    children: &mut Children,
-    news: &mut Receiver,
-    deadline: Instant,
-) -> Result<()> {
+async fn wait_ready(children: &mut Children, news: &mut Receiver, deadline: Instant) -> Result<()> {
     let mut waiting: BTreeSet<usize> = (0..children.0.len()).collect();
     while !waiting.is_empty() {
         match next_news(news, deadline).await {
@@ -476,7 +472,8 @@ fn read_lines(rank: usize, output: ChildStdout, tell: &Sender) {
 pub fn serve_if_child() -> Option<ExitCode> {
     let orders = env::var(ORDERS).ok()?;
     super::start_logging();
-    let done = serde_json::from_str(&orders).context("orders").and_then(|orders| serve_child(&orders));
+    let done =
+        serde_json::from_str(&orders).context("orders").and_then(|orders| serve_child(&orders));
     Some(match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -56,8 +56,8 @@ fn complain(reason: &str) {
 
 /// Logs to standard error what [`LOG_VARIABLE`] asks for.
 fn start_logging() {
-    let filter = EnvFilter::try_from_env(LOG_VARIABLE)
-        .unwrap_or_else(|_| EnvFilter::new(LOG_DEFAULT));
+    let filter =
+        EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new(LOG_DEFAULT));
     let color = io::stderr().is_terminal();
     let logging = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(color);
     // An error means that somebody, an example say, logs already.

@@ -100,7 +100,9 @@ pub(super) async fn node(node: args::Node) -> Result<ExitCode> {
             super::progress(format_args!("waiting for {}", ranks(missing)));
         }
         Progress::Ready => super::progress("ready"),
-        Progress::StandingIn(taken) if taken.is_empty() => super::progress("standing in for nobody"),
+        Progress::StandingIn(taken) if taken.is_empty() => {
+            super::progress("standing in for nobody")
+        }
         Progress::StandingIn(taken) => {
             super::progress(format_args!("standing in for {}", ranks(taken)));
         }
@@ -179,11 +181,7 @@ async fn start(
 }
 
 /// Waits for the peers, then for a fault, which is for ever on a sound cluster.
-async fn stay(
-    server: &Server,
-    setup: &Setup,
-    tell: &(dyn Fn(Progress<'_>) + Sync),
-) -> Result<()> {
+async fn stay(server: &Server, setup: &Setup, tell: &(dyn Fn(Progress<'_>) + Sync)) -> Result<()> {
     let deadline = setup.timeout.map(|timeout| Instant::now() + timeout);
     let mut told = None;
     let mut told_taken = BTreeSet::new();

@@ -99,7 +99,8 @@ fn bad_folders_and_files_are_named() {
     assert!(said.starts_with(expected), "{said}");
 
     let manifest = std::fs::read_to_string(at("cluster.json")).unwrap();
-    std::fs::write(at("cluster.json"), manifest.replace("\"version\": 1", "\"version\": 9")).unwrap();
+    std::fs::write(at("cluster.json"), manifest.replace("\"version\": 1", "\"version\": 9"))
+        .unwrap();
     assert_eq!(complain(&[]), "snn-run: cluster.json: manifest: version 9, expected 1");
     std::fs::remove_file(at("cluster.json")).unwrap();
     let said = complain(&[]);

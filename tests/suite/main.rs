@@ -42,7 +42,8 @@ fn policy(net: &Net, staleness: usize, dtype: Dtype, seed: usize) -> Policy {
         ((value + 1.0) / 2.0 * count as f32) as usize % count
     };
     let step = |step| Step {
-        decision: Decision::from_id(pick("decision", step, Decision::count(groups)), groups).unwrap(),
+        decision: Decision::from_id(pick("decision", step, Decision::count(groups)), groups)
+            .unwrap(),
         level: pick("level", step, levels.count),
     };
     let steps = (0..Policy::steps_for(net.blocks.len(), staleness)).map(step).collect();
@@ -62,7 +63,8 @@ fn ring(net: &Net, staleness: usize, dtype: Dtype) -> Policy {
 fn split(net: &Net, policy: Option<&Policy>, nodes: Nodes) -> Split {
     let source = Source::from_bytes(net.onnx(style("burn")).into()).unwrap();
     let options = Options { nodes, input_shape: None };
-    let policy = policy.map(|policy| PolicySource::from_bytes(policy.to_json().as_bytes()).unwrap());
+    let policy =
+        policy.map(|policy| PolicySource::from_bytes(policy.to_json().as_bytes()).unwrap());
     compile(&source, policy.as_ref(), &options).unwrap()
 }
 
@@ -75,7 +77,8 @@ fn folder(net: &Net, policy: Option<&Policy>, nodes: Nodes) -> tempfile::TempDir
 
 fn write(split: &Split, folder: &Path) {
     for shard in &split.shards {
-        std::fs::write(folder.join(format!("shard_{}.onnx", shard.rank)), shard.to_bytes()).unwrap();
+        std::fs::write(folder.join(format!("shard_{}.onnx", shard.rank)), shard.to_bytes())
+            .unwrap();
     }
     std::fs::write(folder.join("cluster.json"), split.manifest.to_json()).unwrap();
 }

@@ -43,10 +43,13 @@ fn wait_until(what: &str, done: impl Fn() -> bool) {
 /// Children of a process, from the kernel's own list.
 fn children(pid: u32) -> Vec<u32> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
-    let lists = tasks.filter_map(|task| {
-        std::fs::read_to_string(task.ok()?.path().join("children")).ok()
-    });
-    lists.flat_map(|list| list.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<_>>()).collect()
+    let lists =
+        tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("children")).ok());
+    lists
+        .flat_map(|list| {
+            list.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<_>>()
+        })
+        .collect()
 }
 
 #[test]
@@ -228,7 +231,6 @@ fn a_node_gives_up_on_missing_peers_at_its_timeout() {
     assert_eq!(node.process.wait().unwrap().code(), Some(2));
     let mut said = String::new();
     node.lines.read_to_string(&mut said).unwrap();
-    let expected =
-        format!("snn-run: {}: peers: rank 1 missing after 0.3 s", shard.display());
+    let expected = format!("snn-run: {}: peers: rank 1 missing after 0.3 s", shard.display());
     assert_eq!(said.lines().last(), Some(expected.as_str()));
 }

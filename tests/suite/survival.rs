@@ -32,10 +32,12 @@ struct Devices {
 
 impl Devices {
     fn start(folder: tempfile::TempDir, key: Option<PathBuf>) -> Devices {
-        let addresses: Vec<String> = free_ports().iter().map(|p| format!("127.0.0.1:{p}")).collect();
+        let addresses: Vec<String> =
+            free_ports().iter().map(|p| format!("127.0.0.1:{p}")).collect();
         let arguments = (0..4).map(|rank: usize| {
             let shard = folder.path().join(format!("shard_{rank}.onnx"));
-            let mut line = vec![shard.display().to_string(), "--listen".into(), addresses[rank].clone()];
+            let mut line =
+                vec![shard.display().to_string(), "--listen".into(), addresses[rank].clone()];
             let others = addresses.iter().enumerate().filter(|(other, _)| *other != rank);
             line.extend(others.flat_map(|(_, peer)| ["--peer".to_owned(), peer.clone()]));
             line.extend(key.iter().flat_map(|key| ["--key".to_owned(), key.display().to_string()]));

@@ -91,7 +91,8 @@ fn a_node_without_the_key_stays_outside() {
     let shard = folder.path().join("shard_1.onnx");
     let [expired, other] = [&expired, &other].map(|path| path.to_str().unwrap().to_owned());
     for stranger in [&[][..], &["--key", &other], &["--key", &expired]] {
-        let line = [&["--peer", &address, "--listen", "127.0.0.1:0", "--timeout", "1.5"], stranger].concat();
+        let line = [&["--peer", &address, "--listen", "127.0.0.1:0", "--timeout", "1.5"], stranger]
+            .concat();
         let mut node = NodeProcess::start(&shard, &line);
         let said = node.rest();
         assert!(said.ends_with("peers: rank 0 missing after 1.5 s\n"), "{said}");
@@ -116,22 +117,30 @@ fn keys_are_private_and_exposure_is_deliberate() {
     let folder = folder(&net, Some(&ring(&net, 1, Dtype::F16)), Nodes::PerGroup);
     let file = folder.path().join("cluster.key");
     let name = file.to_str().unwrap();
-    let made = Command::new(env!("CARGO_BIN_EXE_snnc")).args(["key", "new", name]).output().unwrap();
+    let made =
+        Command::new(env!("CARGO_BIN_EXE_snnc")).args(["key", "new", name]).output().unwrap();
     assert!(made.status.success());
     let said = String::from_utf8(made.stdout).unwrap();
     let text = std::fs::read_to_string(&file).unwrap();
     let fingerprint = ClusterKey::from_pem(&text).unwrap().fingerprint();
-    assert!(said.starts_with(&format!("wrote {name} (key {fingerprint}, good for 3650 days)")), "{said}");
+    assert!(
+        said.starts_with(&format!("wrote {name} (key {fingerprint}, good for 3650 days)")),
+        "{said}"
+    );
     assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
     // A key is never written over.
-    let again = Command::new(env!("CARGO_BIN_EXE_snnc")).args(["key", "new", name]).output().unwrap();
+    let again =
+        Command::new(env!("CARGO_BIN_EXE_snnc")).args(["key", "new", name]).output().unwrap();
     assert_eq!(again.status.code(), Some(2));
     assert_eq!(std::fs::read_to_string(&file).unwrap(), text);
 
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
     let refused = infer(folder.path(), &["--key", name]);
     let said = String::from_utf8(refused.stderr).unwrap();
-    assert!(said.ends_with(&format!("key: others can read it (mode 644); chmod 600 {name}\n")), "{said}");
+    assert!(
+        said.ends_with(&format!("key: others can read it (mode 644); chmod 600 {name}\n")),
+        "{said}"
+    );
     let refused = infer(folder.path(), &["--listen", "0.0.0.0:0"]);
     let said = String::from_utf8(refused.stderr).unwrap();
     let expected = "listen on 0.0.0.0:0: without a key only this machine may connect; \

@@ -100,7 +100,8 @@ impl Options {
     /// Refuses to listen beyond this machine where neither a key nor the user's own word allows it.
     fn check(&self) -> Result<(), LinkError> {
         let place = place(&self.listen);
-        let local = place.to_socket_addrs().is_ok_and(|mut found| found.all(|a| a.ip().is_loopback()));
+        let local =
+            place.to_socket_addrs().is_ok_and(|mut found| found.all(|a| a.ip().is_loopback()));
         match self.key.is_some() || self.insecure || local {
             true => Ok(()),
             false => Err(LinkError::Exposed { address: place.to_owned() }),
@@ -276,7 +277,10 @@ impl Link {
     ///
     /// # Errors
     /// [`LinkError::Session`] when the session has ended.
-    pub(crate) async fn homes(&self, split: &str) -> Result<(watch::Receiver<Homes>, Watch), LinkError> {
+    pub(crate) async fn homes(
+        &self,
+        split: &str,
+    ) -> Result<(watch::Receiver<Homes>, Watch), LinkError> {
         let (changed, homes) = watch::channel(Homes::new());
         let keys = format!("{ALIVE}/{split}/**");
         let on_token = move |Announcement { rank, role, session, .. }: Announcement, up: bool| {
@@ -351,7 +355,8 @@ pub struct ZenohTransport {
 impl Transport for ZenohTransport {
     fn send(&self, to: usize, frame: Bytes) -> BoxFuture<'_, Result<(), TransportError>> {
         Box::pin(async move {
-            let publisher = self.publishers.get(to).ok_or(TransportError::Unreachable { rank: to })?;
+            let publisher =
+                self.publishers.get(to).ok_or(TransportError::Unreachable { rank: to })?;
             // Zenoh queues the frame at once, and blocks the thread while its queue is full.
             let sent = tokio::task::block_in_place(|| publisher.put(frame).wait());
             sent.map_err(|error| TransportError::Send { rank: to, reason: one_line(&error) })
@@ -390,9 +395,8 @@ fn free_address(listen: &str) -> Result<String, LinkError> {
 
 fn node_config(listen: &str, peers: &[String], options: &Options) -> Result<Config, LinkError> {
     let (first, longest) = RETRY_MS;
-    let retry = format!(
-        "{{period_init_ms:{first},period_max_ms:{longest},period_increase_factor:1.5}}"
-    );
+    let retry =
+        format!("{{period_init_ms:{first},period_max_ms:{longest},period_increase_factor:1.5}}");
     let mut entries = vec![
         ("mode", "\"peer\"".to_owned()),
         ("listen/endpoints", format!("[{listen:?}]")),
