@@ -47,8 +47,11 @@ pub(crate) type Edges = Vec<Option<usize>>;
 /// been met as often as it is needed at once.
 #[derive(Clone, Default)]
 pub(crate) struct Memory {
-    shelves: Arc<Mutex<HashMap<(DatumType, TVec<usize>), Shelf>>>,
+    shelves: Arc<Mutex<Shelves>>,
 }
+
+/// A shelf for each type and shape.
+type Shelves = HashMap<(DatumType, TVec<usize>), Shelf>;
 
 /// Tensors of one type and shape. Those that nobody else holds are free.
 type Shelf = Arc<Mutex<Vec<Arc<Tensor>>>>;
@@ -199,7 +202,8 @@ impl EvalOp for Fused {
         let output = self.results.filled(|output| {
             let mut output = output.try_as_plain_ram_mut()?;
             let output = output.as_slice_mut::<f32>()?;
-            Ok(self.conv.run(input, &addends, output, &*self.workers)?)
+            self.conv.run(input, &addends, output, &*self.workers)?;
+            Ok(())
         })?;
         Ok(tvec!(output))
     }
@@ -279,7 +283,8 @@ impl EvalOp for ToBlocks {
         let output = self.results.filled(|output| {
             let mut output = output.try_as_plain_ram_mut()?;
             let sizes = [shape[0], self.channels, shape[2] * shape[3]];
-            Ok(block(from, sizes, output.as_slice_mut::<f32>()?, shape[4])?)
+            block(from, sizes, output.as_slice_mut::<f32>()?, shape[4])?;
+            Ok(())
         })?;
         Ok(tvec!(output))
     }
@@ -312,10 +317,11 @@ impl EvalOp for ToPlanes {
         let output = self.results.filled(|output| {
             let datum = output.datum_type();
             let mut output = output.try_as_plain_ram_mut()?;
-            Ok(match datum == f16::datum_type() {
+            match datum == f16::datum_type() {
                 true => unblock(from, first, sizes, output.as_slice_mut::<f16>()?, lanes)?,
                 false => unblock(from, first, sizes, output.as_slice_mut::<f32>()?, lanes)?,
-            })
+            }
+            Ok(())
         })?;
         Ok(tvec!(output))
     }
@@ -777,12 +783,12 @@ impl Builder<'_> {
             return Ok(planar);
         }
         let blocked = place.blocked.context("a tensor is used before it is made")?;
-        let outlet = self.to_planes(old, blocked, f32::datum_type())?;
+        let outlet = self.add_planes(old, blocked, f32::datum_type())?;
         self.places.entry(old).or_default().planar = Some(outlet);
         Ok(outlet)
     }
 
-    fn to_planes(
+    fn add_planes(
         &mut self,
         old: OutletId,
         Blocked { outlet, first, channels }: Blocked,
@@ -945,7 +951,7 @@ impl Builder<'_> {
         if cast.to != f16::datum_type() {
             return Ok(false);
         }
-        let planar = Some(self.to_planes(node.id.into(), blocked, cast.to)?);
+        let planar = Some(self.add_planes(node.id.into(), blocked, cast.to)?);
         self.places.insert(node.id.into(), Place { planar, blocked: None });
         Ok(true)
     }

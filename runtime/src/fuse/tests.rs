@@ -1,5 +1,7 @@
 //! A fused segment against stock tract: residual blocks, exchanges, and what is left to tract.
 
+#![allow(clippy::unwrap_used, reason = "a test may end in a panic")]
+
 use bytes::{Bytes, BytesMut};
 use snn_schemas::metadata::{RECV_OP, SEND_OP, SNN_DOMAIN, ShardInfo};
 use snn_schemas::onnx::tensor_proto::DataType;

@@ -587,7 +587,7 @@ fn check(spec: ConvSpec) -> Result<ConvSpec, ConvError> {
     if counts.into_iter().chain(extents).any(|count| count == 0) {
         return Err(ConvError::Spec("something is 0"));
     }
-    if spec.input % spec.groups != 0 || spec.output % spec.groups != 0 {
+    if !spec.input.is_multiple_of(spec.groups) || !spec.output.is_multiple_of(spec.groups) {
         return Err(ConvError::Spec("groups do not divide the channels"));
     }
     Ok(spec)
@@ -642,7 +642,7 @@ fn shuffles(spec: &ConvSpec, lanes: usize) -> Vec<i32> {
         || spec.groups == 1
         || inputs != outputs
         || inputs >= lanes
-        || lanes % inputs != 0
+        || !lanes.is_multiple_of(inputs)
     {
         return vec![];
     }

@@ -8,6 +8,8 @@
 //! ([`super::Isa::is_available`]) and that pointers are valid for a whole vector. They are always inlined
 //! into a function compiled for that instruction set.
 
+#![allow(clippy::needless_range_loop, reason = "register arrays are indexed together")]
+
 /// A vector of `WIDTH` f32, and what the kernels do with it.
 pub(crate) trait Lanes: Copy + 'static {
     /// The vector.

@@ -6,6 +6,8 @@
 //! groups narrower than a vector, where an input vector is multiplied with itself shuffled. Both add
 //! what is to be added and apply the activation before the sums are written, once.
 
+#![allow(clippy::needless_range_loop, reason = "register arrays are indexed together")]
+
 use super::Activation;
 use super::lanes::Lanes;
 

@@ -1,5 +1,7 @@
 //! Every kernel against the definition of a convolution, on every instruction set of the machine.
 
+#![allow(clippy::unwrap_used, reason = "a test may end in a panic")]
+
 use half::f16;
 use proptest::prelude::*;
 
@@ -212,7 +214,7 @@ fn spec() -> impl Strategy<Value = ConvSpec> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 256 }))]
+    #![proptest_config(ProptestConfig::default())]
 
     #[test]
     fn a_convolution_is_what_its_definition_says(spec in spec(), addends in 0..3usize) {
