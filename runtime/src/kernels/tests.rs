@@ -34,9 +34,9 @@ fn naive(spec: &ConvSpec, x: &[f32], w: &[f32], bias: &[f32], addends: &[Vec<f32
     let (inputs, outputs) = (spec.input / spec.groups, spec.output / spec.groups);
     let mut result = Vec::new();
     for image in 0..spec.batch {
-        for o in 0..spec.output {
+        for (o, &bias) in bias.iter().enumerate() {
             for (y, x0) in (0..height).flat_map(|y| (0..width).map(move |x| (y, x))) {
-                let mut sum = f64::from(bias[o]);
+                let mut sum = f64::from(bias);
                 for i in 0..inputs {
                     let plane = image * spec.input + o / outputs * inputs + i;
                     for ky in 0..spec.kernel[0] {
