@@ -23,7 +23,7 @@ mod trust;
 
 use std::path::Path;
 
-use fixtures::{Net, style, values};
+use fixtures::{Net, policy, style};
 use snn::run::input::Array;
 use snn_compiler::{Nodes, Options, PolicySource, Source, Split, compile};
 use snn_runtime::Tensor;
@@ -32,23 +32,6 @@ use snn_schemas::{Decision, Dtype, Levels, Policy};
 
 /// Largest difference between two ways of computing one answer: the order of sums differs.
 const TOLERANCE: f32 = 1e-4;
-
-/// A policy of arbitrary decisions and levels that follow from `seed`.
-fn policy(net: &Net, staleness: usize, dtype: Dtype, seed: usize) -> Policy {
-    let groups = net.groups;
-    let levels = Levels::default();
-    let pick = |what: &str, step: usize, count: usize| {
-        let value = values(&format!("{what} {seed}.{step}"), 1)[0];
-        ((value + 1.0) / 2.0 * count as f32) as usize % count
-    };
-    let step = |step| Step {
-        decision: Decision::from_id(pick("decision", step, Decision::count(groups)), groups)
-            .unwrap(),
-        level: pick("level", step, levels.count),
-    };
-    let steps = (0..Policy::steps_for(net.blocks.len(), staleness)).map(step).collect();
-    Policy { groups, staleness, dtype, levels, steps, provenance: None }
-}
 
 /// A policy in which everybody sends everything on to the next group at each step.
 fn ring(net: &Net, staleness: usize, dtype: Dtype) -> Policy {

@@ -19,30 +19,12 @@ mod placements;
 mod snapshots;
 mod torch;
 
-use fixtures::{Net, values};
+use fixtures::{Net, policy};
 use snn_compiler::{CompileError, Nodes, Options, PolicySource, Source, Split, compile};
-use snn_schemas::policy::Step;
-use snn_schemas::{Decision, Dtype, Levels, Policy};
+use snn_schemas::Policy;
 
 /// Largest difference of two evaluations in f32 of one function: the order of sums differs.
 const TOLERANCE: f32 = 1e-4;
-
-/// A policy of arbitrary decisions and levels that follow from `seed`.
-fn policy(net: &Net, staleness: usize, dtype: Dtype, seed: usize) -> Policy {
-    let groups = net.groups;
-    let levels = Levels::default();
-    let pick = |what: &str, step: usize, count: usize| {
-        let value = values(&format!("{what} {seed}.{step}"), 1)[0];
-        ((value + 1.0) / 2.0 * count as f32) as usize % count
-    };
-    let step = |step| Step {
-        decision: Decision::from_id(pick("decision", step, Decision::count(groups)), groups)
-            .expect("a decision of that number"),
-        level: pick("level", step, levels.count),
-    };
-    let steps = (0..Policy::steps_for(net.blocks.len(), staleness)).map(step).collect();
-    Policy { groups, staleness, dtype, levels, steps, provenance: None }
-}
 
 fn policy_source(policy: &Policy) -> PolicySource {
     PolicySource::from_bytes(policy.to_json().as_bytes()).expect("a valid policy")
