@@ -307,8 +307,11 @@ impl State {
     }
 
     fn begin(&mut self, room: usize, now: Instant) -> Option<Next> {
+        if room == 0 {
+            return None;
+        }
         // Requests that ended before they began need nobody's attention.
-        while room > 0 {
+        loop {
             let (_, request) = self.fresh.pop_first()?;
             match self.open.get_mut(&request) {
                 Some(open) if now < open.deadline => {
@@ -318,7 +321,6 @@ impl State {
                 _ => self.forget(request),
             }
         }
-        None
     }
 }
 

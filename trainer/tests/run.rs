@@ -1,5 +1,7 @@
 //! Whole runs of a very small network: what they leave behind, what a stop changes, what is refused.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use std::path::Path;
 
 use snn_schemas::{Policy, onnx};

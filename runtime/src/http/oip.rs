@@ -419,20 +419,19 @@ mod tests {
         let mut body = json.clone().into_bytes();
         body.extend(0.5f32.to_le_bytes());
         body.extend((-2f32).to_le_bytes());
-        let read_cut = |bytes: usize, length: usize| {
-            read(&Bytes::copy_from_slice(&body[..bytes]), Some(length), &info())
-        };
-        assert_eq!(read_cut(body.len(), json.len()).unwrap(), read_json(GOOD).unwrap());
+        let read_cut =
+            |body: &[u8], length: usize| read(&Bytes::copy_from_slice(body), Some(length), &info());
+        assert_eq!(read_cut(&body, json.len()).unwrap(), read_json(GOOD).unwrap());
         assert_eq!(
-            read_cut(body.len() - 1, json.len()).unwrap_err(),
+            read_cut(&body[..body.len() - 1], json.len()).unwrap_err(),
             "input \"x\" has 8 bytes of binary data, but 7 are left"
         );
         body.push(0);
         assert_eq!(
-            read_cut(body.len(), json.len()).unwrap_err(),
+            read_cut(&body, json.len()).unwrap_err(),
             "1 bytes follow the last binary tensor"
         );
-        let error = read_cut(3, 9).unwrap_err();
+        let error = read_cut(&body[..3], 9).unwrap_err();
         assert_eq!(error, "inference-header-content-length is 9, but the body has 3 bytes");
     }
 
