@@ -6,6 +6,8 @@
 //! must give the same class for every one. What `snn-train`, `snnc` and `snn-run` do for a network of
 //! your own is here in one place. Everything is left in a folder (default `target/quickstart`).
 
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "it talks to whoever runs it")]
+
 use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};

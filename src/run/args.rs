@@ -103,23 +103,33 @@ pub struct Args {
     trace: Option<PathBuf>,
 
     /// Inputs: .npy (f32, batch first) or PNG or JPEG [default: one input of seeded noise]
-    #[arg(long, value_name = "FILE", num_args = 1.., requires = "local", help_heading = "Whole cluster (--local)")]
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with = "shard", help_heading = "Whole cluster (--local)")]
     input: Vec<PathBuf>,
 
     /// Write the model's output, .npy; several inputs stacked on axis 0
-    #[arg(long, value_name = "FILE", requires = "local", help_heading = "Whole cluster (--local)")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "shard",
+        help_heading = "Whole cluster (--local)"
+    )]
     output: Option<PathBuf>,
 
     /// Run the inputs this often, after one run that is not timed
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_REPEAT), help_heading = "Whole cluster (--local)")]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_REPEAT), conflicts_with = "shard", help_heading = "Whole cluster (--local)")]
     repeat: u32,
 
     /// Compare the output with this .npy; exit code 1 where they differ by more than 1e-4
-    #[arg(long, value_name = "FILE", requires = "local", help_heading = "Whole cluster (--local)")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "shard",
+        help_heading = "Whole cluster (--local)"
+    )]
     check: Option<PathBuf>,
 
     /// Print the measurements as JSON
-    #[arg(long, requires = "local", help_heading = "Whole cluster (--local)")]
+    #[arg(long, conflicts_with = "shard", help_heading = "Whole cluster (--local)")]
     json: bool,
 }
 
