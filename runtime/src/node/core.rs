@@ -1,0 +1,146 @@
+//! What the threads of a node share: its mailbox, its peers, and those who wait for answers.
+//!
+//! Takes what a transport has for the node (frames, peers that come and go); gives answers to those
+//! who asked, and news to the compute thread through the mailbox. A frame that makes no sense is dropped,
+//! with its reason logged; a lost peer ends every request at hand.
+
+use std::collections::{BTreeSet, HashMap};
+use std::hash::{BuildHasher as _, RandomState};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use snn_schemas::metadata::ShardInfo;
+use snn_schemas::wire::{Answer, Cancel, Frame};
+use tokio::sync::{oneshot, watch};
+
+use super::error::{FrameError, InferError};
+use super::outbox::Outbox;
+use super::report::NodeReport;
+use crate::mailbox::Mailbox;
+use crate::shard::Shard;
+use crate::transport::Event;
+use crate::watch::{Kind, Log, Recorder};
+
+/// Everything of a node that other threads touch.
+pub(super) struct Core {
+    pub(super) identity: ShardInfo,
+    pub(super) mailbox: Mailbox,
+    pub(super) outbox: Outbox,
+    /// Ranks that are not there.
+    pub(super) missing: watch::Sender<BTreeSet<usize>>,
+    pub(super) fault: Mutex<Option<String>>,
+    pub(super) asked: Mutex<HashMap<u64, oneshot::Sender<Result<Answer, InferError>>>>,
+    pub(super) report: Mutex<NodeReport>,
+    pub(super) next_request: AtomicU64,
+    pub(super) recorder: Recorder,
+    pub(super) log: Log,
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing is left half done where a thread could panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Core {
+    pub(super) fn new(shard: &Shard, outbox: Outbox) -> Core {
+        let identity = shard.identity().clone();
+        let others = (0..identity.nodes).filter(|&rank| rank != identity.rank);
+        let (missing, _) = watch::channel(others.collect());
+        // Numbers begin anywhere, so that those of a restarted node are new to its peers.
+        let start = RandomState::new().hash_one(identity.rank) >> 1;
+        Core {
+            mailbox: Mailbox::new(shard.program()),
+            outbox,
+            identity,
+            missing,
+            fault: Mutex::new(None),
+            asked: Mutex::new(HashMap::new()),
+            report: Mutex::new(NodeReport::new(shard)),
+            next_request: AtomicU64::new(start),
+            recorder: Recorder::default(),
+            log: Log::default(),
+        }
+    }
+
+    pub(super) fn take(&self, event: Event) {
+        match event {
+            Event::Frame { bytes } => {
+                if let Err(reason) = self.take_frame(bytes) {
+                    tracing::warn!(%reason, "frame dropped");
+                }
+            }
+            Event::PeerUp { rank, split } if split != self.identity.split => {
+                let fault = format!(
+                    "rank {rank} is of split {}, this node of {}",
+                    short(&split),
+                    short(&self.identity.split)
+                );
+                tracing::warn!(%fault, "foreign node refused");
+                self.log.note(format!("refused: {fault}"));
+                lock(&self.fault).get_or_insert(fault);
+            }
+            Event::PeerUp { rank, .. } => {
+                tracing::debug!(rank, "peer is there");
+                if self.missing.send_if_modified(|missing| missing.remove(&rank)) {
+                    self.log.note(format!("rank {rank} is there"));
+                }
+            }
+            Event::PeerDown { rank } => self.lose(rank),
+        }
+    }
+
+    fn take_frame(&self, bytes: Bytes) -> Result<(), FrameError> {
+        match Frame::decode(bytes)? {
+            Frame::Tensor(frame) => {
+                let (request, transfer) = (frame.request, frame.transfer);
+                self.mailbox.post(frame)?;
+                self.recorder.instant(Kind::Arrived, transfer, request);
+            }
+            Frame::Cancel(Cancel { from, request, again, reason }) => {
+                self.mailbox.cancel(request, &reason);
+                // The entry node tells others; where it is told, the asker must hear of it.
+                let rank = from.into();
+                self.answer(
+                    request,
+                    Err(match again {
+                        true => InferError::PeerLost { reason },
+                        false => InferError::Peer { rank, reason },
+                    }),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn lose(&self, rank: usize) {
+        let known = rank < self.identity.nodes && rank != self.identity.rank;
+        if known && self.missing.send_if_modified(|missing| missing.insert(rank)) {
+            tracing::debug!(rank, "peer is gone");
+            self.log.note(format!("rank {rank} is gone"));
+            let reason = format!("rank {rank} is gone");
+            let from = self.identity.rank as u16;
+            for request in self.mailbox.cancel_all(&reason) {
+                // The entry node may have noticed earlier, and begun this one since.
+                let frame = Cancel { from, request, again: true, reason: reason.clone() };
+                self.outbox.send(self.identity.entry, frame.encode());
+            }
+            let asked: Vec<u64> = lock(&self.asked).keys().copied().collect();
+            for request in asked {
+                self.answer(request, Err(InferError::PeerLost { reason: reason.clone() }));
+            }
+        }
+    }
+
+    pub(super) fn answer(&self, request: u64, answer: Result<Answer, InferError>) {
+        if let Some(asker) = lock(&self.asked).remove(&request) {
+            // Whoever asked may have left; then nobody needs the answer.
+            let _ = asker.send(answer);
+        }
+    }
+}
+
+/// The beginning of a split's identity, enough to tell two apart.
+fn short(split: &str) -> &str {
+    split.get(..8).unwrap_or(split)
+}

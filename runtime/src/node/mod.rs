@@ -1,0 +1,244 @@
+//! A node: one shard, computed for one request after another while tensors travel.
+//!
+//! [`Node::load`] takes a shard and an engine; a transport is then joined with the node's
+//! [`Node::sink`] and given to [`Node::connect`], so that peers hear of a node only when it can
+//! compute. The node goes through its program on a thread of its own; sends leave through one task a
+//! peer, so that computing never waits for the network, nor one peer for another. While a request
+//! waits for a tensor, others are computed, oldest first.
+//!
+//! Every request ends, with an answer or an error: at its deadline at the latest, at once when a peer
+//! dies or a node cannot compute its part. Its memory is then given back on every node.
+
+mod core;
+mod error;
+mod outbox;
+mod report;
+mod worker;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use snn_schemas::manifest::Port;
+use snn_schemas::wire::{Answer, Tensor};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+
+pub use self::error::{InferError, StartError};
+pub use self::report::{NodeReport, ReceiveReport, SendReport};
+
+use self::core::{Core, lock};
+use self::outbox::Outbox;
+use self::worker::Worker;
+use crate::engine::Engine;
+use crate::shard::{Program, Shard, Slot};
+use crate::transport::{Sink, Transport};
+use crate::watch::{Kind, Log, Recorder};
+
+/// How long past its deadline a request's error may take to come from the compute thread, which
+/// knows what was missing: one segment of a large network on a small device.
+const EXPLAIN_WITHIN: Duration = Duration::from_millis(500);
+
+/// A running node. Dropping it ends its thread and its tasks.
+pub struct Node {
+    core: Arc<Core>,
+    inputs: Vec<Port>,
+    outputs: Vec<Port>,
+    /// Frames on their way to a transport, a queue a peer, until one is connected.
+    leaving: Vec<mpsc::UnboundedReceiver<Bytes>>,
+    senders: JoinSet<()>,
+    compute: Option<thread::JoinHandle<()>>,
+}
+
+impl Node {
+    /// Loads the shard with the engine that `engine` makes on the compute thread.
+    ///
+    /// # Errors
+    /// What the engine cannot load.
+    pub async fn load<E: Engine>(
+        shard: &Shard,
+        engine: impl FnOnce() -> E + Send + 'static,
+    ) -> Result<Node, StartError> {
+        let (outbox, leaving) = Outbox::new(shard.identity());
+        let core = Arc::new(Core::new(shard, outbox));
+        let program = shard.program().clone();
+        let (inputs, outputs) =
+            (ports(&program, &program.inputs), ports(&program, &program.outputs));
+        let (loaded, loading) = oneshot::channel();
+        let worker = Worker::new(Arc::clone(&core), program);
+        let compute = thread::Builder::new()
+            .name(format!("snn-compute-{}", core.identity.rank))
+            .spawn(move || worker.run(engine, loaded))
+            .map_err(StartError::Thread)?;
+        let (senders, compute) = (JoinSet::new(), Some(compute));
+        let node = Node { core, inputs, outputs, leaving, senders, compute };
+        match loading.await {
+            Ok(Ok(())) => Ok(node),
+            Ok(Err(error)) => Err(StartError::Engine(error)),
+            Err(_) => Err(StartError::Ended),
+        }
+    }
+
+    /// What a transport gives the node's frames and news to.
+    pub fn sink(&self) -> Sink {
+        let core = Arc::clone(&self.core);
+        Arc::new(move |event| core.take(event))
+    }
+
+    /// Sends frames with `transport` from now on, a task a peer.
+    pub fn connect(&mut self, transport: Arc<dyn Transport>) {
+        for (peer, frames) in self.leaving.drain(..).enumerate() {
+            let missing = self.core.missing.subscribe();
+            self.senders.spawn(outbox::send_all(peer, frames, missing, Arc::clone(&transport)));
+        }
+    }
+
+    /// The model's inputs, on the entry node; elsewhere none.
+    pub fn inputs(&self) -> &[Port] {
+        &self.inputs
+    }
+
+    /// The model's outputs, on the entry node; elsewhere none.
+    pub fn outputs(&self) -> &[Port] {
+        &self.outputs
+    }
+
+    /// The node's rank.
+    pub fn rank(&self) -> usize {
+        self.core.identity.rank
+    }
+
+    /// Whether this node takes requests and gives answers.
+    pub fn is_entry(&self) -> bool {
+        self.core.identity.rank == self.core.identity.entry
+    }
+
+    /// Ranks that are not there.
+    pub fn missing(&self) -> BTreeSet<usize> {
+        self.core.missing.borrow().clone()
+    }
+
+    /// What makes this node unable to take part, if anything does.
+    pub fn fault(&self) -> Option<String> {
+        lock(&self.core.fault).clone()
+    }
+
+    /// What the node has counted.
+    pub fn report(&self) -> NodeReport {
+        lock(&self.core.report).clone()
+    }
+
+    /// What records when the node computed, sent and waited.
+    pub fn recorder(&self) -> &Recorder {
+        &self.core.recorder
+    }
+
+    /// What has happened to the node lately.
+    pub fn log(&self) -> &Log {
+        &self.core.log
+    }
+
+    /// Runs one request through the cluster; on the entry node only.
+    ///
+    /// # Errors
+    /// Inputs that do not fit the model, peers that are missing for `within` or die, a node that
+    /// cannot compute, or no answer within `within` of the cluster being complete.
+    pub async fn infer(&self, inputs: Vec<Tensor>, within: Duration) -> Result<Answer, InferError> {
+        self.check(&inputs)?;
+        let start = Instant::now();
+        let mut missing = self.core.missing.subscribe();
+        let complete = missing.wait_for(BTreeSet::is_empty);
+        if tokio::time::timeout(within, complete).await.is_err() {
+            let ranks = self.missing().into_iter().collect();
+            return Err(InferError::Missing { ranks, within });
+        }
+        let deadline = Instant::now() + within;
+        let request = self.core.next_request.fetch_add(1, Ordering::Relaxed);
+        let (sender, answer) = oneshot::channel();
+        lock(&self.core.asked).insert(request, sender);
+        if let Err(refused) = self.core.mailbox.open(request, deadline, inputs) {
+            lock(&self.core.asked).remove(&request);
+            return Err(refused.into());
+        }
+        let mut cleanup = Cleanup { node: self, request, ended: false };
+        let answer = tokio::time::timeout_at((deadline + EXPLAIN_WITHIN).into(), answer).await;
+        let answer = match answer {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(InferError::Stopped),
+            Err(_) => Err(InferError::Late { waiting: String::new() }),
+        };
+        cleanup.ended = answer.is_ok();
+        if answer.is_ok() {
+            lock(&self.core.report).latency.add(start.elapsed());
+            self.core.recorder.span(Kind::Request, 0, request, start);
+        }
+        answer
+    }
+
+    fn check(&self, inputs: &[Tensor]) -> Result<(), InferError> {
+        let Some(entry) = (!self.is_entry()).then_some(self.core.identity.entry) else {
+            let (found, expected) = (inputs.len(), self.inputs.len());
+            if found != expected {
+                return Err(InferError::InputCount { found, expected });
+            }
+            for (input, port) in inputs.iter().zip(&self.inputs) {
+                if input.shape() != port.shape {
+                    return Err(InferError::InputShape {
+                        name: port.name.clone(),
+                        found: input.shape().to_vec(),
+                        expected: port.shape.clone(),
+                    });
+                }
+            }
+            return Ok(());
+        };
+        Err(InferError::NotEntry { entry })
+    }
+
+    /// Ends the node: requests at hand end with an error, the compute thread with its segment, and
+    /// the transport is let go.
+    pub async fn shutdown(mut self) {
+        self.core.mailbox.close();
+        lock(&self.core.asked).clear();
+        self.senders.shutdown().await;
+        if let Some(compute) = self.compute.take() {
+            // A panic of the thread has been reported by its hook; there is nothing left to end.
+            let _ = tokio::task::spawn_blocking(move || compute.join()).await;
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.core.mailbox.close();
+    }
+}
+
+/// Tells everybody when a request ends without an answer, also when its asker just leaves.
+struct Cleanup<'a> {
+    node: &'a Node,
+    request: u64,
+    ended: bool,
+}
+
+impl Drop for Cleanup<'_> {
+    fn drop(&mut self) {
+        if !self.ended {
+            lock(&self.node.core.asked).remove(&self.request);
+            let reason = "the request has ended";
+            self.node.core.mailbox.cancel(self.request, reason);
+            self.node.core.outbox.cancel(self.request, reason);
+        }
+    }
+}
+
+fn ports(program: &Program, slots: &[Slot]) -> Vec<Port> {
+    let port = |slot: &Slot| {
+        let info = program.slot(*slot);
+        Port { name: info.name.clone(), shape: info.shape.clone().unwrap_or_default() }
+    };
+    slots.iter().map(port).collect()
+}

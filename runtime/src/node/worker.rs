@@ -1,0 +1,278 @@
+//! The compute thread of a node: it goes through the shard's program, a request at a time.
+//!
+//! Takes requests and tensors from the mailbox; gives frames to the outbox and answers to those who
+//! asked. While a request waits for a tensor others are computed, oldest first, a segment each turn. A
+//! request that fails, is cancelled or is past its deadline gives its memory back.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use snn_schemas::wire::{Answer, Tensor, TensorFrame, WireError};
+use tokio::sync::oneshot;
+
+use super::core::{Core, lock};
+use super::error::InferError;
+use crate::engine::{Engine, EngineError, Executor, Job};
+use crate::mailbox::{Begin, End, MAX_REQUESTS, Next, Pending};
+use crate::shard::{Crossing, Program, Step};
+use crate::watch::Kind;
+
+/// A request the compute thread works on.
+struct Working {
+    request: u64,
+    deadline: Instant,
+    job: Job,
+    /// The step it is at.
+    at: usize,
+    /// When it came to the receive it is at.
+    blocked: Instant,
+}
+
+/// The compute thread.
+pub(super) struct Worker {
+    core: Arc<Core>,
+    program: Program,
+    /// For each step that receives or sends: its place among the report's receives or sends.
+    places: Vec<usize>,
+}
+
+impl Worker {
+    pub(super) fn new(core: Arc<Core>, program: Program) -> Worker {
+        let (mut receives, mut sends) = (0, 0);
+        let place = |step: &Step| {
+            let next = match step {
+                Step::Compute(_) => return 0,
+                Step::Receive(_) => &mut receives,
+                Step::Send(_) => &mut sends,
+            };
+            *next += 1;
+            *next - 1
+        };
+        let places = program.steps.iter().map(place).collect();
+        Worker { core, program, places }
+    }
+
+    pub(super) fn run<E: Engine>(
+        self,
+        engine: impl FnOnce() -> E,
+        loaded: oneshot::Sender<Result<(), EngineError>>,
+    ) {
+        let mut executor = match engine().load(&self.program) {
+            Ok(executor) => executor,
+            Err(error) => {
+                // The starter may have given up; then nobody needs to know.
+                let _ = loaded.send(Err(error));
+                return;
+            }
+        };
+        let _ = loaded.send(Ok(()));
+        let mut working: Vec<Working> = Vec::new();
+        let mut pending: Vec<Pending> = Vec::new();
+        loop {
+            pending.clear();
+            pending.extend(working.iter().map(|work| self.pending(work)));
+            let (next, idle) = self.core.mailbox.next(&pending, MAX_REQUESTS);
+            if !working.is_empty() {
+                lock(&self.core.report).waiting_ms += milliseconds(idle);
+                self.record_wait(&pending, idle);
+            }
+            match next {
+                Next::Closed => return,
+                Next::Begin(begin) => self.begin(executor.as_mut(), begin, &mut working),
+                Next::Arrived(place, bytes) => {
+                    let done = self.receive(executor.as_mut(), &mut working[place], &bytes);
+                    self.settle(executor.as_mut(), &mut working, place, done);
+                }
+                Next::Run(place) => {
+                    let done = self.advance(executor.as_mut(), &mut working[place]);
+                    self.settle(executor.as_mut(), &mut working, place, done);
+                }
+                Next::Over(place, end) => {
+                    let work = working.remove(place);
+                    self.over(executor.as_mut(), work, end);
+                }
+            }
+        }
+    }
+
+    fn pending(&self, work: &Working) -> Pending {
+        let wants = match self.program.steps.get(work.at) {
+            Some(Step::Receive(crossing)) => Some(crossing.transfer),
+            _ => None,
+        };
+        Pending { request: work.request, wants }
+    }
+
+    /// Records that every request at hand waited, under what the oldest of them waited for.
+    fn record_wait(&self, pending: &[Pending], idle: Duration) {
+        if let Some(&Pending { request, wants: Some(transfer) }) = pending.first()
+            && idle > Duration::ZERO
+        {
+            self.core.recorder.ended_span(Kind::Wait, transfer, request, idle);
+        }
+    }
+
+    fn begin(&self, executor: &mut dyn Executor, begin: Begin, working: &mut Vec<Working>) {
+        let Begin { request, deadline, inputs } = begin;
+        let job = executor.begin();
+        let work = Working { request, deadline, job, at: 0, blocked: Instant::now() };
+        let filled = self.program.inputs.iter().zip(&inputs).try_for_each(|(&slot, input)| {
+            executor.write(job, slot, bytemuck::cast_slice(input.data()))
+        });
+        working.push(work);
+        let place = working.len() - 1;
+        self.settle(executor, working, place, filled);
+    }
+
+    /// Takes the tensor that the step at hand receives.
+    fn receive(
+        &self,
+        executor: &mut dyn Executor,
+        work: &mut Working,
+        elements: &[u8],
+    ) -> Result<(), EngineError> {
+        let Some(Step::Receive(crossing)) = self.program.steps.get(work.at) else { return Ok(()) };
+        let waited = work.blocked.elapsed();
+        let start = Instant::now();
+        executor.write(work.job, crossing.slot, elements)?;
+        self.core.recorder.span(Kind::Decode, crossing.transfer, work.request, start);
+        let mut report = lock(&self.core.report);
+        report.codec_ms += milliseconds(start.elapsed());
+        if let Some(receive) = report.receives.get_mut(self.places[work.at]) {
+            receive.waited_ms += milliseconds(waited);
+        }
+        work.at += 1;
+        Ok(())
+    }
+
+    /// One segment, and the sends around it: older requests get their turn in between.
+    fn advance(&self, executor: &mut dyn Executor, work: &mut Working) -> Result<(), EngineError> {
+        let mut computed = false;
+        while let Some(step) = self.program.steps.get(work.at) {
+            match step {
+                Step::Receive(_) => break,
+                Step::Compute(_) if computed => break,
+                Step::Compute(segment) => {
+                    let start = Instant::now();
+                    executor.compute(work.job, *segment)?;
+                    self.core.recorder.span(Kind::Compute, *segment as u32, work.request, start);
+                    lock(&self.core.report).compute_ms += milliseconds(start.elapsed());
+                    computed = true;
+                }
+                Step::Send(crossing) => self.send(executor, work, crossing)?,
+            }
+            work.at += 1;
+        }
+        work.blocked = Instant::now();
+        Ok(())
+    }
+
+    fn send(
+        &self,
+        executor: &mut dyn Executor,
+        work: &Working,
+        crossing: &Crossing,
+    ) -> Result<(), EngineError> {
+        let start = Instant::now();
+        let within = work.deadline.saturating_duration_since(start);
+        let about = (crossing.transfer, within);
+        let rank = self.core.identity.rank as u16;
+        let mut frame =
+            TensorFrame::begin(crossing.dtype, rank, work.request, about, crossing.bytes);
+        executor.read(work.job, crossing.slot, &mut frame)?;
+        // Before the frame leaves, so that its arrival is always later.
+        self.core.recorder.span(Kind::Encode, crossing.transfer, work.request, start);
+        let bytes = frame.len() as u64;
+        self.core.outbox.send(crossing.peer, frame.freeze());
+        let mut report = lock(&self.core.report);
+        report.codec_ms += milliseconds(start.elapsed());
+        report.bytes_sent += bytes;
+        report.frames_sent += 1;
+        if let Some(send) = report.sends.get_mut(self.places[work.at]) {
+            send.bytes += bytes;
+            send.frames += 1;
+        }
+        Ok(())
+    }
+
+    /// Ends a request that has failed or come to its end.
+    fn settle(
+        &self,
+        executor: &mut dyn Executor,
+        working: &mut Vec<Working>,
+        place: usize,
+        done: Result<(), EngineError>,
+    ) {
+        let at_end = working[place].at == self.program.steps.len();
+        if done.is_ok() && !at_end {
+            return;
+        }
+        let work = working.remove(place);
+        let is_entry = self.core.identity.rank == self.core.identity.entry;
+        let answer = done.and_then(|()| match is_entry {
+            true => self.outputs(executor, work.job).map(Some),
+            false => Ok(None),
+        });
+        executor.end(work.job);
+        self.core.mailbox.done(work.request);
+        match answer {
+            Ok(answer) => {
+                lock(&self.core.report).requests += 1;
+                if let Some(outputs) = answer {
+                    self.core.answer(work.request, Ok(Answer { outputs, degraded: false }));
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, request = work.request, "cannot compute");
+                self.fail(work.request, error.to_string());
+            }
+        }
+    }
+
+    fn outputs(&self, executor: &mut dyn Executor, job: Job) -> Result<Vec<Tensor>, EngineError> {
+        let mut outputs = Vec::with_capacity(self.program.outputs.len());
+        for &slot in &self.program.outputs {
+            let mut bytes = BytesMut::new();
+            executor.read(job, slot, &mut bytes)?;
+            let data = bytes.as_chunks().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect();
+            let wrong = |error: WireError| EngineError::Tensor {
+                name: self.program.slot(slot).name.clone(),
+                reason: error.to_string(),
+            };
+            outputs.push(Tensor::new(executor.shape(job, slot)?, data).map_err(wrong)?);
+        }
+        Ok(outputs)
+    }
+
+    /// Gives up a request that others ended, or that is past its deadline.
+    fn over(&self, executor: &mut dyn Executor, work: Working, end: End) {
+        executor.end(work.job);
+        self.core.mailbox.done(work.request);
+        lock(&self.core.report).failures += 1;
+        if end == End::Late {
+            let waiting = match self.program.steps.get(work.at) {
+                Some(Step::Receive(Crossing { transfer, peer, .. })) => {
+                    format!(
+                        "rank {} waited for t{transfer} of rank {peer}",
+                        self.core.identity.rank
+                    )
+                }
+                _ => String::new(),
+            };
+            self.core.answer(work.request, Err(InferError::Late { waiting }));
+        }
+    }
+
+    /// Tells everybody that this node cannot do its part.
+    fn fail(&self, request: u64, reason: String) {
+        lock(&self.core.report).failures += 1;
+        self.core.outbox.cancel(request, &reason);
+        let rank = self.core.identity.rank;
+        self.core.answer(request, Err(InferError::Peer { rank, reason }));
+    }
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
