@@ -1,0 +1,108 @@
+//! What a cluster of four endures on this machine: time, deaths, crowds, and being watched.
+//!
+//! Starts four nodes as processes of their own, over loopback, of the digits model (or another split
+//! with `--model` and `--policy`), and measures one thing:
+//!
+//! - `soak`: hours of requests; memory, descriptors and latency by the minute.
+//! - `takeover`: from the death of a node to the next answer, each rank in turn.
+//! - `clients`: many clients at once over HTTP; throughput, latency, who was turned away.
+//! - `watching`: throughput and processor time with traces, metrics and status on, against off.
+//!
+//! Every answer is compared with the first of its input. Exit code 1 where one was wrong or lost.
+//! `cargo run --release --example endurance -- soak --minutes 20`
+
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "it talks to whoever runs it")]
+
+mod clients;
+mod devices;
+mod http;
+mod soak;
+mod takeover;
+mod watching;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use devices::Model;
+
+/// Set in the processes that are nodes: they are this very program.
+const NODE: &str = "SNN_ENDURANCE_NODE";
+
+#[derive(Debug, Parser)]
+struct Args {
+    #[command(subcommand)]
+    what: What,
+    /// Model to split, one group a node
+    #[arg(long, global = true, default_value = "examples/models/digits.onnx")]
+    model: PathBuf,
+    /// Its policy
+    #[arg(long, global = true, default_value = "examples/models/digits.json")]
+    policy: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Hours of requests
+    Soak {
+        /// How long
+        #[arg(long, default_value_t = 20)]
+        minutes: u64,
+        /// Requests a second
+        #[arg(long, default_value_t = 5.0)]
+        rate: f64,
+    },
+    /// Deaths
+    Takeover {
+        /// How many
+        #[arg(long, default_value_t = 30)]
+        rounds: usize,
+    },
+    /// Crowds
+    Clients {
+        /// How many at once
+        #[arg(long, default_value_t = 64)]
+        count: usize,
+        /// How long
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+    },
+    /// Traces, metrics and status, against none
+    Watching {
+        /// Pairs of runs
+        #[arg(long, default_value_t = 30)]
+        pairs: usize,
+        /// Length of a run
+        #[arg(long, default_value_t = 2.0)]
+        seconds: f64,
+    },
+}
+
+fn main() -> ExitCode {
+    if std::env::var_os(NODE).is_some() {
+        return snn::run::run(snn::run::args::Args::parse());
+    }
+    let Args { what, model, policy } = Args::parse();
+    let done = Model::split(&model, &policy).and_then(|model| match what {
+        What::Soak { minutes, rate } => soak::run(&model, minutes, rate),
+        What::Takeover { rounds } => takeover::run(&model, rounds),
+        What::Clients { count, seconds } => clients::run(&model, count, seconds),
+        What::Watching { pairs, seconds } => watching::run(&model, pairs, seconds),
+    });
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("endurance: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// The value below which the share `q` of the numbers lies; 0 of none.
+fn quantile(numbers: &[f64], q: f64) -> f64 {
+    let mut sorted = numbers.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let at = (q * sorted.len() as f64).ceil() as usize;
+    sorted.get(at.saturating_sub(1)).copied().unwrap_or(0.0)
+}
