@@ -10,6 +10,8 @@
 //!   request it works on wants next, and gets the oldest request that can go on.
 //! - **Until when.** `next` waits until there is something to do: a tensor that is wanted, a new
 //!   request, the end of one (cancelled, or past its deadline), or the mailbox's own end.
+//! - **What is gone without.** A tensor is waited for until the time its taker gives, if it gives one;
+//!   the request counts as degraded from then on, as it does once a frame says so.
 //! - **What is bounded.** At most [`MAX_REQUESTS`] requests are open; of each, every transfer is
 //!   kept once. So memory is bounded by the shard's own receives, whatever peers send.
 //! - **What is forgotten.** A request that has ended stays ended: late frames of the last
@@ -29,7 +31,7 @@ use crate::shard::Program;
 pub const MAX_REQUESTS: usize = 64;
 /// Ended requests remembered, so that their late frames do not open them again: more than can be
 /// open anywhere at once.
-const REMEMBERED: usize = 4 * MAX_REQUESTS;
+const REMEMBERED: usize = 16 * MAX_REQUESTS;
 /// Longest deadline a frame may carry: memory is not held for ever.
 pub const MAX_WITHIN: Duration = Duration::from_secs(600);
 
@@ -40,6 +42,8 @@ pub struct Pending {
     pub request: u64,
     /// The transfer it waits for; none if it can be computed right away.
     pub wants: Option<u32>,
+    /// Until when it waits for that; until the request's end where there is none.
+    pub until: Option<Instant>,
 }
 
 /// What the compute thread does next.
@@ -49,6 +53,8 @@ pub enum Next {
     Run(usize),
     /// Takes the tensor that the request at this place has waited for.
     Arrived(usize, Bytes),
+    /// Goes on without the tensor that the request at this place has waited for long enough.
+    Missed(usize),
     /// Begins a request; on the entry node with its inputs.
     Begin(Begin),
     /// Gives up the request at this place.
@@ -110,6 +116,7 @@ struct Open {
     deadline: Instant,
     inputs: Vec<Tensor>,
     arrived: HashMap<u32, Bytes>,
+    degraded: bool,
     end: Option<String>,
 }
 
@@ -152,7 +159,7 @@ impl Mailbox {
     /// # Errors
     /// Why the frame was dropped; the request it names is unharmed.
     pub fn post(&self, frame: TensorFrame) -> Result<(), Refused> {
-        let TensorFrame { dtype, from, request, transfer, within, payload } = frame;
+        let TensorFrame { dtype, from, request, transfer, within, degraded, payload } = frame;
         let expected = self.expected.get(&transfer).ok_or(Refused::UnknownTransfer { transfer })?;
         if usize::from(from) != expected.from {
             return Err(Refused::Sender { transfer, from, expected: expected.from });
@@ -172,6 +179,7 @@ impl Mailbox {
         if let Some(open) = state.open.get_mut(&request) {
             // A second copy of a tensor is the same tensor.
             open.arrived.entry(transfer).or_insert(payload);
+            open.degraded |= degraded;
         }
         drop(state);
         self.changed.notify_one();
@@ -210,6 +218,11 @@ impl Mailbox {
         self.changed.notify_all();
     }
 
+    /// Whether a request has gone on without a tensor, here or before what has arrived.
+    pub fn is_degraded(&self, request: u64) -> bool {
+        self.state().open.get(&request).is_some_and(|open| open.degraded)
+    }
+
     /// Requests that are open.
     pub fn open_requests(&self) -> usize {
         self.state().open.len()
@@ -228,6 +241,7 @@ impl Mailbox {
             }
             idle_since.get_or_insert(now);
             let deadlines = state.open.values().map(|open| open.deadline);
+            let deadlines = deadlines.chain(jobs.iter().filter_map(|job| job.until));
             state = match deadlines.min() {
                 None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
                 Some(deadline) => {
@@ -255,8 +269,8 @@ impl State {
         }
         let age = self.opened;
         self.opened += 1;
-        let (arrived, end) = (HashMap::new(), None);
-        self.open.insert(request, Open { age, deadline, inputs, arrived, end });
+        let (arrived, degraded, end) = (HashMap::new(), false, None);
+        self.open.insert(request, Open { age, deadline, inputs, arrived, degraded, end });
         self.fresh.insert(age, request);
         Ok(())
     }
@@ -299,6 +313,10 @@ impl State {
                 Some(transfer) => {
                     if let Some(bytes) = open.arrived.remove(&transfer) {
                         return Some(Next::Arrived(place, bytes));
+                    }
+                    if job.until.is_some_and(|until| now >= until) {
+                        open.degraded = true;
+                        return Some(Next::Missed(place));
                     }
                 }
             }
@@ -379,12 +397,20 @@ mod tests {
     fn frame(request: u64, transfer: u32) -> TensorFrame {
         let payload = Bytes::from_static(&[1, 2, 3, 4]);
         let within = Duration::from_secs(60);
-        TensorFrame { dtype: Dtype::F32, from: 1, request, transfer, within, payload }
+        TensorFrame {
+            dtype: Dtype::F32,
+            from: 1,
+            request,
+            transfer,
+            within,
+            degraded: false,
+            payload,
+        }
     }
 
     fn next(mailbox: &Mailbox, jobs: &[(u64, Option<u32>)]) -> Next {
         let jobs: Vec<Pending> =
-            jobs.iter().map(|&(request, wants)| Pending { request, wants }).collect();
+            jobs.iter().map(|&(request, wants)| Pending { request, wants, until: None }).collect();
         mailbox.next(&jobs, MAX_REQUESTS).0
     }
 
@@ -452,6 +478,23 @@ mod tests {
             mailbox.post(frame(request, 5)).unwrap();
         }
         assert_eq!(mailbox.open_requests(), 0);
+    }
+
+    #[test]
+    fn what_is_waited_for_long_enough_is_gone_without() {
+        let mailbox = mailbox();
+        mailbox.post(frame(1, 3)).unwrap();
+        assert!(matches!(next(&mailbox, &[]), Next::Begin(_)));
+        let until = Some(Instant::now() + Duration::from_millis(20));
+        let job = |wants| [Pending { request: 1, wants: Some(wants), until }];
+        // What is there is taken, however late.
+        assert!(matches!(mailbox.next(&job(3), MAX_REQUESTS).0, Next::Arrived(0, _)));
+        assert!(!mailbox.is_degraded(1));
+        assert_eq!(mailbox.next(&job(5), MAX_REQUESTS).0, Next::Missed(0));
+        assert!(Some(Instant::now()) >= until && mailbox.is_degraded(1));
+        // Others hear of it by what is sent to them.
+        mailbox.post(TensorFrame { degraded: true, ..frame(2, 3) }).unwrap();
+        assert!(mailbox.is_degraded(2));
     }
 
     #[test]

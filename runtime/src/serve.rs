@@ -59,6 +59,9 @@ pub struct ServerOptions {
     pub takeover: bool,
     /// Whether it records when it computed, sent and waited.
     pub trace: bool,
+    /// How long it waits for a tensor before it goes on without it; until the request's end where
+    /// there is no such time.
+    pub degrade: Option<Duration>,
 }
 
 /// A process on the network.
@@ -212,6 +215,9 @@ impl Process {
         let mut node = Node::load(shard, move || engines()).await?;
         if self.options.trace {
             node.recorder().start();
+        }
+        if let Some(wait) = self.options.degrade {
+            node.degrade_after(wait);
         }
         let transport = Arc::new(self.link.join(&identity, node.sink()).await?);
         node.connect(Arc::clone(&transport) as Arc<dyn Transport>);
@@ -448,7 +454,8 @@ async fn answer_question(query: &Query, node: &Node, options: ServerOptions) -> 
     }
 }
 
-/// Runs a request; from its inputs again where a node was lost meanwhile and another stands in.
+/// Runs a request; from its inputs again where a node was lost meanwhile, and another stands in or
+/// the others may go on without it.
 async fn infer(
     node: &Node,
     inputs: Vec<wire::Tensor>,
@@ -456,9 +463,10 @@ async fn infer(
     options: ServerOptions,
 ) -> Result<wire::Answer, InferError> {
     let mut attempts = 1;
+    let can_go_on = options.takeover || options.degrade.is_some();
     loop {
         match node.infer(inputs.clone(), within).await {
-            Err(InferError::PeerLost { reason }) if options.takeover && attempts < MAX_ATTEMPTS => {
+            Err(InferError::PeerLost { reason }) if can_go_on && attempts < MAX_ATTEMPTS => {
                 tracing::debug!(reason, "request is run again");
                 attempts += 1;
             }

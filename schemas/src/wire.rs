@@ -6,7 +6,7 @@
 //!
 //! | kind | frame | after the kind |
 //! |---|---|---|
-//! | 1 | [`TensorFrame`] | dtype `u8`, sender `u16`, request `u64`, transfer `u32`, within `u32` ms, then the elements |
+//! | 1 | [`TensorFrame`] | dtype `u8` (+ 128: degraded), sender `u16`, request `u64`, transfer `u32`, within `u32` ms, then the elements |
 //! | 2 | [`Cancel`] | flags `u8` (1: run again), sender `u16`, request `u64`, then the reason, UTF-8 |
 //! | 3 | [`Infer`] | zero `u8`, zero `u16`, within `u32` ms, then tensors |
 //! | 4 | [`Reply::Answer`] | zero `u8`, flags `u16` (1: degraded), then tensors |
@@ -49,6 +49,8 @@ const CANCEL_HEADER: usize = PREFIX + 8;
 const AGAIN: u8 = 1;
 /// Flag of an answer that went on without some of its tensors.
 const DEGRADED: u16 = 1;
+/// Bit of a tensor frame's dtype: computed without a tensor that was not waited for.
+const DEGRADED_TENSOR: u8 = 1 << 7;
 
 /// An f32 tensor with its shape, row-major.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -100,6 +102,8 @@ pub struct TensorFrame {
     /// How long the request may still take, as the sender saw it. A node that has not met the
     /// request yet takes its deadline from here.
     pub within: Duration,
+    /// Whether they were computed without a tensor that was not waited for.
+    pub degraded: bool,
     /// The elements, row-major, little-endian.
     pub payload: Bytes,
 }
@@ -123,12 +127,22 @@ impl TensorFrame {
         frame
     }
 
+    /// Marks the frame that begins in `frame` as computed without all that was sent.
+    pub fn mark_degraded(frame: &mut BytesMut) {
+        if let Some(code) = frame.get_mut(MAGIC.len() + 1) {
+            *code |= DEGRADED_TENSOR;
+        }
+    }
+
     /// The whole frame.
     pub fn encode(&self) -> Bytes {
         let about = (self.transfer, self.within);
         let payload = self.payload.len();
         let mut frame = TensorFrame::begin(self.dtype, self.from, self.request, about, payload);
         frame.extend_from_slice(&self.payload);
+        if self.degraded {
+            TensorFrame::mark_degraded(&mut frame);
+        }
         frame.freeze()
     }
 }
@@ -176,7 +190,7 @@ impl Frame {
         let (kind, code, from) = read_prefix(&bytes)?;
         match kind {
             TENSOR => {
-                let dtype = dtype_of(code)?;
+                let dtype = dtype_of(code & !DEGRADED_TENSOR)?;
                 let head = bytes.get(PREFIX..TENSOR_HEADER).ok_or(WireError::CutShort)?;
                 let payload = bytes.slice(TENSOR_HEADER..);
                 if !payload.len().is_multiple_of(dtype.size()) {
@@ -188,6 +202,7 @@ impl Frame {
                     request: u64_at(head, 0)?,
                     transfer: u32_at(head, 8)?,
                     within: Duration::from_millis(u32_at(head, 12)?.into()),
+                    degraded: code & DEGRADED_TENSOR != 0,
                     payload,
                 }))
             }
@@ -493,6 +508,7 @@ mod tests {
             request: 0x0102_0304_0506_0708,
             transfer: 7,
             within: Duration::from_millis(2000),
+            degraded: false,
             payload: Bytes::from_static(&[0x00, 0x3c, 0x00, 0xc0]),
         }
     }
@@ -505,6 +521,8 @@ mod tests {
             "534e4e01010102000807060504030201".to_owned() + "07000000d0070000003c00c0"
         );
         assert_eq!(tensor.len(), TENSOR_HEADER + 4);
+        let degraded = TensorFrame { degraded: true, ..tensor_frame() }.encode();
+        assert_eq!(hex(&degraded[..8]), "534e4e0101810200");
         let cancel = Cancel { from: 1, request: 9, again: true, reason: "no".into() }.encode();
         assert_eq!(hex(&cancel), "534e4e010201010009000000000000006e6f");
         let one = Tensor::new(vec![1, 2], vec![1.0, -2.0]).unwrap();
@@ -566,12 +584,12 @@ mod tests {
     proptest! {
         #[test]
         fn frames_read_back(
-            from: u16, request: u64, transfer: u32, ms: u32,
+            from: u16, request: u64, transfer: u32, ms: u32, degraded: bool,
             payload in proptest::collection::vec(any::<u8>(), 0..64),
         ) {
             let payload = Bytes::from(payload[..payload.len() / 4 * 4].to_vec());
             let within = Duration::from_millis(ms.into());
-            let frame = TensorFrame { dtype: Dtype::F32, from, request, transfer, within, payload };
+            let frame = TensorFrame { dtype: Dtype::F32, from, request, transfer, within, degraded, payload };
             prop_assert_eq!(Frame::decode(frame.encode()).unwrap(), Frame::Tensor(frame));
             let again = ms % 2 == 0;
             let cancel = Cancel { from, request, again, reason: format!("{transfer}") };

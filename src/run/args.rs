@@ -14,6 +14,8 @@ use super::http::Settings;
 const MAX_TIMEOUT: f64 = 7.0 * 24.0 * 3600.0;
 /// Most `--threads`: more than any device at hand has cores.
 const MAX_THREADS: i64 = 256;
+/// Longest `--degrade`, in ms: a minute, as long as any request over HTTP may take.
+const MAX_DEGRADE: u64 = 60_000;
 /// Most `--repeat`: a million requests fill a day.
 const MAX_REPEAT: i64 = 1_000_000;
 
@@ -84,6 +86,11 @@ pub struct Args {
     /// Do not stand in for nodes that are gone: requests then end with an error
     #[arg(long, conflicts_with = "local", help_heading = "One node")]
     no_takeover: bool,
+
+    /// Wait no longer than this for a tensor: go on without it (it counts as zero), and mark the answer
+    /// as degraded; to be given to every node
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=MAX_DEGRADE), conflicts_with = "local", help_heading = "One node")]
+    degrade: Option<u64>,
 
     /// Give up when peers are still missing after this long [default: keep trying]
     #[arg(long, value_name = "SECONDS", value_parser = seconds, conflicts_with = "local", help_heading = "One node")]
@@ -187,6 +194,8 @@ pub struct Node {
     pub insecure: bool,
     /// Whether to stand in for nodes that are gone.
     pub takeover: bool,
+    /// How long a tensor is waited for, where not as long as the request may take.
+    pub degrade: Option<Duration>,
     /// Where to serve HTTP.
     pub http: Option<Settings>,
     /// Where to write what happened when.
@@ -256,6 +265,7 @@ impl Args {
                 key: self.key,
                 insecure: self.insecure,
                 takeover: !self.no_takeover,
+                degrade: self.degrade.map(Duration::from_millis),
                 http,
                 trace: self.trace,
             }),

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
-use snn_runtime::Tensor;
 use snn_runtime::client::{Client, ClusterInfo};
+use snn_runtime::{Answer, Tensor};
 use snn_schemas::manifest::Port;
 use snn_schemas::metadata::{CLASSES, Normalisation};
 
@@ -45,9 +45,12 @@ async fn run(infer: &args::Infer) -> Result<ExitCode> {
         .context("input")
         .with_context(|| infer.input.display().to_string())?;
     let mut outputs = Vec::with_capacity(requests.len());
+    let mut degraded = 0;
     for request in &requests {
         let answer = ask(&client, std::slice::from_ref(request), left()).await;
-        outputs.push(single(answer.context("infer").with_context(node)?)?);
+        let answer = answer.context("infer").with_context(node)?;
+        degraded += usize::from(answer.degraded);
+        outputs.push(single(arrays(answer))?);
     }
     let output = report::stack(outputs).context("output")?;
     if let Some(path) = &infer.output {
@@ -56,25 +59,34 @@ async fn run(infer: &args::Infer) -> Result<ExitCode> {
     }
     let classes = class_names(client.info());
     client.close().await;
+    if degraded > 0 {
+        let all = requests.len();
+        let what = "some tensors were not waited for";
+        super::progress(format_args!("{degraded} of {all} answers are degraded: {what}"));
+    }
     match infer.json {
-        true => super::print(answer_json(&output, &classes))?,
+        true => super::print(answer_json(&output, &classes, degraded))?,
         false => super::print(answer_text(&output, &classes))?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// Asks a cluster once.
-pub(super) async fn ask(client: &Client, inputs: &[Array], within: Duration) -> Result<Vec<Array>> {
+pub(super) async fn ask(client: &Client, inputs: &[Array], within: Duration) -> Result<Answer> {
     let inputs = inputs
         .iter()
         .map(|array| Tensor::new(array.shape.clone(), array.data.clone()).context("input"))
         .collect::<Result<Vec<Tensor>>>()?;
-    let answer = client.infer(inputs, within).await?;
+    Ok(client.infer(inputs, within).await?)
+}
+
+/// The outputs of an answer, in the model's order.
+pub(super) fn arrays(answer: Answer) -> Vec<Array> {
     let array = |tensor: Tensor| {
         let (shape, data) = tensor.into_parts();
         Array { shape, data }
     };
-    Ok(answer.outputs.into_iter().map(array).collect())
+    answer.outputs.into_iter().map(array).collect()
 }
 
 /// The only output of an answer.
@@ -139,7 +151,7 @@ fn answer_text(output: &Array, classes: &[String]) -> String {
     lines.join("\n")
 }
 
-fn answer_json(output: &Array, classes: &[String]) -> Value {
+fn answer_json(output: &Array, classes: &[String], degraded: usize) -> Value {
     let answer = |row: &[f32]| -> Value {
         let entry = |index: usize| match name(classes, row, index) {
             Some(class) => json!({ "index": index, "class": class, "value": row[index] }),
@@ -148,7 +160,7 @@ fn answer_json(output: &Array, classes: &[String]) -> Value {
         largest(row).into_iter().map(entry).collect()
     };
     let top: Vec<Value> = rows(output).map(answer).collect();
-    json!({ "shape": output.shape, "top": top })
+    json!({ "shape": output.shape, "top": top, "degraded": degraded })
 }
 
 #[cfg(test)]
@@ -164,7 +176,7 @@ mod tests {
             "    2.0000  dog\n    0.5000  cat\n   -1.0000  ship"
         );
         assert_eq!(answer_text(&output, &classes[..2]).lines().next(), Some("    2.0000  [1]"));
-        let expected = r#"{"shape":[1,3],"top":[[{"index":1,"class":"dog","value":2.0},{"index":0,"class":"cat","value":0.5},{"index":2,"class":"ship","value":-1.0}]]}"#;
-        assert_eq!(answer_json(&output, &classes).to_string(), expected);
+        let expected = r#"{"shape":[1,3],"top":[[{"index":1,"class":"dog","value":2.0},{"index":0,"class":"cat","value":0.5},{"index":2,"class":"ship","value":-1.0}]],"degraded":0}"#;
+        assert_eq!(answer_json(&output, &classes, 0).to_string(), expected);
     }
 }

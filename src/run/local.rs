@@ -138,7 +138,7 @@ impl LocalCluster {
             biased;
             lost = self.next_loss() => return Err(self.explain(lost)),
             answer = answer => match answer {
-                Ok(outputs) => return Ok(outputs),
+                Ok(answer) => return Ok(super::infer::arrays(answer)),
                 Err(failure) => failure,
             },
         };
@@ -495,6 +495,7 @@ fn serve_child(orders: &Orders) -> Result<()> {
         insecure: false,
         // Where a process of one machine dies, that is worth knowing, not hiding.
         takeover: false,
+        degrade: None,
         http: orders.http.clone(),
         trace: orders.trace,
         trace_file: None,

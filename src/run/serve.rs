@@ -50,6 +50,8 @@ pub(super) struct Setup {
     pub(super) insecure: bool,
     /// Whether to stand in for nodes that are gone.
     pub(super) takeover: bool,
+    /// How long a tensor is waited for, where not as long as the request may take.
+    pub(super) degrade: Option<Duration>,
     /// Where to serve HTTP.
     pub(super) http: Option<http::Settings>,
     /// Whether to record what happens when.
@@ -84,6 +86,7 @@ pub(super) async fn node(node: args::Node) -> Result<ExitCode> {
         key: node.key,
         insecure: node.insecure,
         takeover: node.takeover,
+        degrade: node.degrade,
         http: node.http,
         trace: node.trace.is_some(),
         trace_file: node.trace,
@@ -166,8 +169,9 @@ async fn start(
     tell(Progress::Listening(link.address()));
     let threads = setup.threads;
     let engines = Arc::new(move || Box::new(TractEngine::new(threads)) as Box<dyn Engine>);
-    let takeover = ServerOptions { takeover: setup.takeover, trace: setup.trace };
-    let server = Server::start(link, bytes, engines, takeover).await.context("load")?;
+    let Setup { takeover, trace, degrade, .. } = *setup;
+    let options = ServerOptions { takeover, trace, degrade };
+    let server = Server::start(link, bytes, engines, options).await.context("load")?;
     if let Some(manifest) = manifest.filter(|_| setup.takeover) {
         for node in manifest.nodes {
             // A device may have been given its own shard only; peers have the others.

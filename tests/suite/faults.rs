@@ -28,7 +28,7 @@ async fn assert_answers(cluster: &Cluster, net: &Net) {
 fn frame(request: u64, transfer: u32, payload: usize) -> TensorFrame {
     let (dtype, from, within) = (Dtype::F16, 1, Duration::from_secs(5));
     let payload = Bytes::from(vec![0; payload]);
-    TensorFrame { dtype, from, request, transfer, within, payload }
+    TensorFrame { dtype, from, request, transfer, within, degraded: false, payload }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,6 +13,7 @@ mod reference;
 mod cluster;
 
 mod commands;
+mod degrade;
 mod equality;
 mod faults;
 mod http;

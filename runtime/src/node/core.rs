@@ -7,7 +7,8 @@
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::atomic::AtomicU64;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use snn_schemas::metadata::ShardInfo;
@@ -33,6 +34,8 @@ pub(super) struct Core {
     pub(super) asked: Mutex<HashMap<u64, oneshot::Sender<Result<Answer, InferError>>>>,
     pub(super) report: Mutex<NodeReport>,
     pub(super) next_request: AtomicU64,
+    /// How long a tensor is waited for at most, where that is less than the request may take.
+    pub(super) degrade: OnceLock<Duration>,
     pub(super) recorder: Recorder,
     pub(super) log: Log,
 }
@@ -58,6 +61,7 @@ impl Core {
             asked: Mutex::new(HashMap::new()),
             report: Mutex::new(NodeReport::new(shard)),
             next_request: AtomicU64::new(start),
+            degrade: OnceLock::new(),
             recorder: Recorder::default(),
             log: Log::default(),
         }
@@ -123,7 +127,7 @@ impl Core {
             for request in self.mailbox.cancel_all(&reason) {
                 // The entry node may have noticed earlier, and begun this one since.
                 let frame = Cancel { from, request, again: true, reason: reason.clone() };
-                self.outbox.send(self.identity.entry, frame.encode());
+                self.outbox.send(self.identity.entry, frame.encode(), None);
             }
             let asked: Vec<u64> = lock(&self.asked).keys().copied().collect();
             for request in asked {

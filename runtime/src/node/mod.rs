@@ -21,7 +21,6 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use snn_schemas::manifest::Port;
 use snn_schemas::wire::{Answer, Tensor};
 use tokio::sync::{mpsc, oneshot};
@@ -31,7 +30,7 @@ pub use self::error::{InferError, StartError};
 pub use self::report::{NodeReport, ReceiveReport, SendReport};
 
 use self::core::{Core, lock};
-use self::outbox::Outbox;
+use self::outbox::{Leaving, Outbox};
 use self::worker::Worker;
 use crate::engine::Engine;
 use crate::shard::{Program, Shard, Slot};
@@ -48,7 +47,7 @@ pub struct Node {
     inputs: Vec<Port>,
     outputs: Vec<Port>,
     /// Frames on their way to a transport, a queue a peer, until one is connected.
-    leaving: Vec<mpsc::UnboundedReceiver<Bytes>>,
+    leaving: Vec<mpsc::UnboundedReceiver<Leaving>>,
     senders: JoinSet<()>,
     compute: Option<thread::JoinHandle<()>>,
 }
@@ -94,6 +93,13 @@ impl Node {
             let missing = self.core.missing.subscribe();
             self.senders.spawn(outbox::send_all(peer, frames, missing, Arc::clone(&transport)));
         }
+    }
+
+    /// From now on goes on without a tensor that is not there after `wait`: it counts as zero, and
+    /// the answer is marked as degraded. Only the model's input is always waited for. The first call
+    /// counts.
+    pub fn degrade_after(&self, wait: Duration) {
+        self.core.degrade.get_or_init(|| wait);
     }
 
     /// The model's inputs, on the entry node; elsewhere none.
@@ -151,7 +157,10 @@ impl Node {
         let start = Instant::now();
         let mut missing = self.core.missing.subscribe();
         let complete = missing.wait_for(BTreeSet::is_empty);
-        if tokio::time::timeout(within, complete).await.is_err() {
+        let degrade = self.core.degrade.get();
+        let patience = degrade.map_or(within, |degrade| within.min(*degrade));
+        let is_complete = tokio::time::timeout(patience, complete).await.is_ok();
+        if !is_complete && degrade.is_none() {
             let ranks = self.missing().into_iter().collect();
             return Err(InferError::Missing { ranks, within });
         }

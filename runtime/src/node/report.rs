@@ -26,6 +26,12 @@ pub struct NodeReport {
     pub bytes_sent: u64,
     /// Frames sent.
     pub frames_sent: u64,
+    /// Tensors it went on without.
+    #[serde(default)]
+    pub missed: u64,
+    /// Answers marked as degraded, on the node that gives them.
+    #[serde(default)]
+    pub degraded: u64,
     /// What each receive was waited for, in the order of the shard.
     pub receives: Vec<ReceiveReport>,
     /// What has been sent by each send, in the order of the shard.

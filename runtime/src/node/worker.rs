@@ -84,6 +84,10 @@ impl Worker {
                     let done = self.receive(executor.as_mut(), &mut working[place], &bytes);
                     self.settle(executor.as_mut(), &mut working, place, done);
                 }
+                Next::Missed(place) => {
+                    let done = self.miss(executor.as_mut(), &mut working[place]);
+                    self.settle(executor.as_mut(), &mut working, place, done);
+                }
                 Next::Run(place) => {
                     let done = self.advance(executor.as_mut(), &mut working[place]);
                     self.settle(executor.as_mut(), &mut working, place, done);
@@ -97,16 +101,33 @@ impl Worker {
     }
 
     fn pending(&self, work: &Working) -> Pending {
-        let wants = match self.program.steps.get(work.at) {
-            Some(Step::Receive(crossing)) => Some(crossing.transfer),
-            _ => None,
-        };
-        Pending { request: work.request, wants }
+        match self.program.steps.get(work.at) {
+            Some(Step::Receive(crossing)) => Pending {
+                request: work.request,
+                wants: Some(crossing.transfer),
+                until: self.patience(crossing).map(|patience| work.blocked + patience),
+            },
+            _ => Pending { request: work.request, wants: None, until: None },
+        }
+    }
+
+    /// How long a tensor is waited for before the request goes on without it; as long as the request
+    /// may take where there is no such time. Nothing can be computed without the model's input, which
+    /// is what travels beside the exchanges, except to the node with the head.
+    fn patience(&self, crossing: &Crossing) -> Option<Duration> {
+        let degrade = self.core.degrade.get()?;
+        let is_input = crossing.step.is_none() && crossing.peer == self.core.identity.entry;
+        let is_missing = || self.core.missing.borrow().contains(&crossing.peer);
+        match () {
+            () if is_input => None,
+            () if is_missing() => Some(Duration::ZERO),
+            () => Some(*degrade),
+        }
     }
 
     /// Records that every request at hand waited, under what the oldest of them waited for.
     fn record_wait(&self, pending: &[Pending], idle: Duration) {
-        if let Some(&Pending { request, wants: Some(transfer) }) = pending.first()
+        if let Some(&Pending { request, wants: Some(transfer), .. }) = pending.first()
             && idle > Duration::ZERO
         {
             self.core.recorder.ended_span(Kind::Wait, transfer, request, idle);
@@ -146,6 +167,14 @@ impl Worker {
         Ok(())
     }
 
+    /// Goes on without the tensor that the step at hand receives: it counts as zero.
+    fn miss(&self, executor: &mut dyn Executor, work: &mut Working) -> Result<(), EngineError> {
+        let Some(Step::Receive(crossing)) = self.program.steps.get(work.at) else { return Ok(()) };
+        lock(&self.core.report).missed += 1;
+        let zeros = vec![0; crossing.bytes];
+        self.receive(executor, work, &zeros)
+    }
+
     /// One segment, and the sends around it: older requests get their turn in between.
     fn advance(&self, executor: &mut dyn Executor, work: &mut Working) -> Result<(), EngineError> {
         let mut computed = false;
@@ -181,10 +210,13 @@ impl Worker {
         let mut frame =
             TensorFrame::begin(crossing.dtype, rank, work.request, about, crossing.bytes);
         executor.read(work.job, crossing.slot, &mut frame)?;
+        if self.core.mailbox.is_degraded(work.request) {
+            TensorFrame::mark_degraded(&mut frame);
+        }
         // Before the frame leaves, so that its arrival is always later.
         self.core.recorder.span(Kind::Encode, crossing.transfer, work.request, start);
         let bytes = frame.len() as u64;
-        self.core.outbox.send(crossing.peer, frame.freeze());
+        self.core.outbox.send(crossing.peer, frame.freeze(), Some(work.deadline));
         let mut report = lock(&self.core.report);
         report.codec_ms += milliseconds(start.elapsed());
         report.bytes_sent += bytes;
@@ -215,12 +247,16 @@ impl Worker {
             false => Ok(None),
         });
         executor.end(work.job);
+        let degraded = self.core.mailbox.is_degraded(work.request);
         self.core.mailbox.done(work.request);
         match answer {
             Ok(answer) => {
-                lock(&self.core.report).requests += 1;
+                let mut report = lock(&self.core.report);
+                report.requests += 1;
+                report.degraded += u64::from(degraded && is_entry);
+                drop(report);
                 if let Some(outputs) = answer {
-                    self.core.answer(work.request, Ok(Answer { outputs, degraded: false }));
+                    self.core.answer(work.request, Ok(Answer { outputs, degraded }));
                 }
             }
             Err(error) => {

@@ -71,9 +71,11 @@ impl Page {
 
     fn ranks(&self, out: &mut DescriptorEncoder<'_>) -> fmt::Result {
         type Count = (&'static str, &'static str, fn(&NodeReport) -> u64);
-        let counts: [Count; 4] = [
+        let counts: [Count; 6] = [
             ("requests", "Requests a rank has done its part of", |report| report.requests),
             ("failures", "Requests that ended before a rank was done", |report| report.failures),
+            ("missed_tensors", "Tensors a rank went on without", |report| report.missed),
+            ("degraded", "Answers marked as degraded", |report| report.degraded),
             ("sent_bytes", "Bytes of all frames sent, headers included", |report| {
                 report.bytes_sent
             }),
@@ -224,6 +226,8 @@ mod tests {
             rank: 1,
             requests: 5,
             failures: 1,
+            missed: 3,
+            degraded: 2,
             compute_ms: 1500.0,
             waiting_ms: 250.0,
             codec_ms: 1.0,
@@ -244,6 +248,8 @@ mod tests {
             "snn_takeovers_total 2",
             "snn_requests_total{rank=\"1\"} 5",
             "snn_failures_total{rank=\"1\"} 1",
+            "snn_missed_tensors_total{rank=\"1\"} 3",
+            "snn_degraded_total{rank=\"1\"} 2",
             "snn_compute_seconds_total{rank=\"1\"} 1.5",
             "snn_waiting_seconds_total{rank=\"1\"} 0.25",
             "snn_codec_seconds_total{rank=\"1\"} 0.001",
