@@ -106,12 +106,12 @@ fn train(config: &Config, folder: &Path) -> Result<Outcome> {
 
 fn print_candidates(outcome: &Outcome) {
     println!("{:<10} {:>10} {:>10}   policy", "", "validation", "held out");
-    for (candidate, judged) in &outcome.candidates {
+    for judged in &outcome.candidates {
         let step = |step: &snn_schemas::Step| format!("{}@{}", step.decision.id(), step.level);
         let steps: Vec<String> = judged.policy.steps.iter().map(step).collect();
         println!(
             "{:<10} {:>8.1} % {:>8.1} %   {}",
-            candidate.to_string(),
+            judged.candidate.name,
             100.0 * judged.validation.accuracy(),
             100.0 * judged.test.accuracy(),
             steps.join(" ")

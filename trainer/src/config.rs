@@ -10,6 +10,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use snn_schemas::{Dtype, Levels, MAX_GROUPS, Policy};
 
+use crate::candidate::{self, Candidate, Source};
 use crate::error::TrainError;
 
 /// Stages of the trunk, each but the first halving height and width (Table 1).
@@ -31,8 +32,12 @@ pub struct Config {
     pub train: FitConfig,
     /// Stages 2 and 3: the controller, and the choice of a policy.
     pub search: SearchConfig,
-    /// The last stage: the weights under the best policy.
+    /// The last stage: each candidate's weights under its policy.
     pub finetune: FinetuneConfig,
+    /// Policies carried to the end, a row of the result each; the first is exported. Without any:
+    /// searched, random and silent. Read through [`Config::candidates`].
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub candidates: Vec<Candidate>,
 }
 
 impl Default for Config {
@@ -45,6 +50,7 @@ impl Default for Config {
             train: FitConfig::default(),
             search: SearchConfig::default(),
             finetune: FinetuneConfig::default(),
+            candidates: Vec::new(), // what the paper compares: searched, random, silent
         }
     }
 }
@@ -338,8 +344,10 @@ pub struct SearchConfig {
     pub entropy: f64,
     /// How slowly the baseline follows the rewards: b ← decay · b + (1 − decay) · reward.
     pub baseline_decay: f64,
-    /// Policies sampled in stage 3, each judged on the whole validation set.
+    /// Policies sampled in stage 3.
     pub samples: usize,
+    /// Validation images each of them is judged on, the same ones for all; 0 means all there are.
+    pub judged_images: usize,
 }
 
 impl Default for SearchConfig {
@@ -353,6 +361,7 @@ impl Default for SearchConfig {
             entropy: 1e-4,        // unstated; ENAS
             baseline_decay: 0.99, // unstated; ENAS
             samples: 100,         // section 4.2
+            judged_images: 0,     // unstated; all of them leave the least to chance
         }
     }
 }
@@ -426,6 +435,7 @@ impl Config {
                 ..SearchConfig::default()
             },
             finetune: FinetuneConfig { epochs: 8, lr: 0.02, decay: Decay::Cosine },
+            candidates: Vec::new(),
         }
     }
 
@@ -461,6 +471,33 @@ impl Config {
         Policy { dtype, levels, steps: vec![full; self.steps()], ..silent }
     }
 
+    /// The policies that are carried to the end, every limit filled in; the first is exported.
+    pub fn candidates(&self) -> Vec<Candidate> {
+        let default = || match self.net.groups {
+            1 => vec![Candidate::new(Source::Silent)],
+            _ => [Source::Searched, Source::Random, Source::Silent].map(Candidate::new).to_vec(),
+        };
+        let listed = match self.candidates.is_empty() {
+            true => default(),
+            false => self.candidates.clone(),
+        };
+        listed.iter().map(|candidate| candidate.resolved(&self.exchange)).collect()
+    }
+
+    /// The same settings with or without the search for sparsity levels.
+    pub(crate) fn with_levels(&self, search_levels: bool) -> Config {
+        let exchange = ExchangeConfig { search_levels, ..self.exchange.clone() };
+        Config { exchange, ..self.clone() }
+    }
+
+    /// Validation images, of `images`, that a policy of stage 3 is judged on.
+    pub(crate) fn judged_images(&self, images: usize) -> usize {
+        match self.search.judged_images {
+            0 => images,
+            some => some.min(images),
+        }
+    }
+
     /// Epochs of stage 1 that round `round` trains, counted from 0 over the whole run.
     pub fn epochs_of(&self, round: usize) -> std::ops::Range<usize> {
         let rounds = self.search.rounds.max(1);
@@ -474,6 +511,7 @@ impl Config {
     pub fn check(&self) -> Result<(), ConfigError> {
         self.net.check()?;
         self.check_exchange()?;
+        candidate::check(self)?;
         let many = f64::from(u32::MAX);
         within("data.validation", self.data.validation, 0.001, 0.9, "0.001 to 0.9")?;
         within("train.batch", self.train.batch as f64, 2.0, many, "at least 2")?;
@@ -579,6 +617,14 @@ pub enum ConfigError {
         cardinality: usize,
         /// G.
         groups: usize,
+    },
+    /// A candidate cannot be had, or told from another.
+    #[error("candidates: \"{name}\" {reason}")]
+    Candidate {
+        /// Which one.
+        name: String,
+        /// What is wrong with it.
+        reason: &'static str,
     },
     /// AutoAugment's operations mix red, green and blue.
     #[error("train.augment.autoaugment: needs images of 3 channels, net.input has {channels}")]

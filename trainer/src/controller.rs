@@ -10,7 +10,6 @@
 use burn::module::{Module, Param};
 use burn::nn::{Embedding, Linear};
 use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer};
-use burn::store::RecordError;
 use burn::tensor::activation::{log_softmax, sigmoid, tanh};
 use burn::tensor::{Bytes, Device, Int, Tensor, TensorData};
 use rand::RngExt;
@@ -254,15 +253,20 @@ impl Reinforce {
         Ok((self.baseline, bytes.to_vec()))
     }
 
-    /// Puts back what [`Reinforce::memory`] gave.
+    /// Puts back what [`Reinforce::memory`] gave, and with `weights` the controller's.
     pub(crate) fn remember(
-        mut self,
+        self,
         baseline: Option<f64>,
         optimiser: Vec<u8>,
-    ) -> Result<Reinforce, RecordError> {
-        self.optimiser = self.optimiser.from_bytes(Bytes::from_bytes_vec(optimiser))?;
-        self.baseline = baseline;
-        Ok(self)
+        weights: impl FnOnce(Controller) -> Result<Controller, String>,
+    ) -> Result<Reinforce, String> {
+        let optimiser = self.optimiser.from_bytes(Bytes::from_bytes_vec(optimiser));
+        Ok(Reinforce {
+            controller: weights(self.controller)?,
+            optimiser: optimiser.map_err(|error| error.to_string())?,
+            baseline,
+            settings: self.settings,
+        })
     }
 
     /// One step: raises the probability of policies whose reward is above the moving baseline.

@@ -14,7 +14,7 @@ use rand::seq::SliceRandom;
 use snn_schemas::Policy;
 
 use crate::config::FitConfig;
-use crate::data::Dataset;
+use crate::data::{Dataset, loader};
 use crate::error::TrainError;
 use crate::net::{Network, Stats};
 use crate::seed::Rng;
@@ -55,24 +55,33 @@ pub(crate) fn epoch(
     let device = network.device();
     let mut order: Vec<usize> = (0..epoch.images.len()).collect();
     order.shuffle(&mut epoch.rng);
-    let (mut loss_sum, mut right, mut seen) = (0.0, 0.0, 0.0);
-    let settings = epoch.settings;
-    for (indices, policies) in order.chunks_exact(settings.batch).zip(epoch.policies) {
-        let (images, labels) =
-            epoch.images.augmented(indices, &settings.augment, &mut epoch.rng, &device);
-        let mut mean = GradientsAccumulator::new();
-        for policy in policies {
-            let logits = network.forward_with(images.clone(), policy, Stats::Batch); // [batch, classes]
-            right += hits(&logits, &labels)?;
-            let loss = CrossEntropyLoss::new(None, &device).forward(logits, labels.clone()); // [1]
-            loss_sum += scalar(&loss)? * indices.len() as f64;
-            seen += indices.len() as f64;
-            let grads = (loss / policies.len() as f64).backward();
-            mean.accumulate(&network, GradientsParams::from_grads(grads, &network));
+    let Epoch { images, settings, lr, policies, rng } = epoch;
+    loader::load(images, (&order, settings.batch), (&settings.augment, rng), |batches| {
+        let mut sums = Sums::default();
+        for (batch, policies) in batches.zip(policies) {
+            let (pixels, labels) = images.tensors(batch.pixels, batch.indices, &device);
+            let mut mean = GradientsAccumulator::new();
+            for policy in policies {
+                let logits = network.forward_with(pixels.clone(), policy, Stats::Batch); // [batch, classes]
+                sums.right += hits(&logits, &labels)?;
+                let loss = CrossEntropyLoss::new(None, &device).forward(logits, labels.clone()); // [1]
+                sums.loss += scalar(&loss)? * batch.indices.len() as f64;
+                sums.seen += batch.indices.len() as f64;
+                let grads = (loss / policies.len() as f64).backward();
+                mean.accumulate(&network, GradientsParams::from_grads(grads, &network));
+            }
+            network = sgd.step(lr, network, mean.grads());
         }
-        network = sgd.step(epoch.lr, network, mean.grads());
-    }
-    Ok((network, loss_sum / seen, right / seen))
+        Ok((network, sums.loss / sums.seen, sums.right / sums.seen))
+    })
+}
+
+/// What an epoch adds up over its images.
+#[derive(Default)]
+struct Sums {
+    loss: f64,
+    right: f64,
+    seen: f64,
 }
 
 fn hits(logits: &Tensor<2>, labels: &Tensor<1, Int>) -> Result<f64, TrainError> {

@@ -7,6 +7,7 @@
 //! takes depends on the settings and the seed alone, also when a run is stopped and resumed.
 //! The library prints nothing: it reports to a [`Progress`].
 
+mod candidate;
 mod checkpoint;
 mod compare;
 mod config;
@@ -26,7 +27,9 @@ mod run;
 mod search;
 mod seed;
 mod state;
+mod wire;
 
+pub use candidate::{Candidate, Source};
 pub use compare::{Sampler, SamplerName, SamplerRng, Trial};
 pub use config::{
     Augmentation, Config, ConfigError, DataConfig, DatasetName, Decay, ExchangeConfig,
@@ -40,4 +43,4 @@ pub use judge::{Score, classify};
 pub use net::{Network, Stats};
 pub use progress::{Progress, Report, Stage};
 pub use run::{Judged, Outcome, compare, evaluate, export, finetune, run, search, train};
-pub use state::Candidate;
+pub use wire::Wire;

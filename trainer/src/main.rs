@@ -203,21 +203,29 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
 /// Prints what a run gave.
 fn tell(as_json: bool, config: &Config, outcome: &Outcome) -> anyhow::Result<()> {
     let blocks = config.net.blocks();
-    let mut text =
-        format!("{:<10} {:>10} {:>10} {:>11}\n", "policy", "validation", "test", "paper cost");
+    let names = outcome.candidates.iter().map(|judged| judged.candidate.name.len());
+    let width = names.max().unwrap_or(0).max("policy".len());
+    let mut text = format!(
+        "{:<width$} {:>10} {:>10} {:>11} {:>10} {:>10} {:>11}\n",
+        "policy", "validation", "test", "paper cost", "wire", "wire bytes", "planned"
+    );
     let mut candidates = serde_json::Map::new();
-    for (candidate, judged) in &outcome.candidates {
+    for judged in &outcome.candidates {
         let [validation, test] = [judged.validation.accuracy(), judged.test.accuracy()];
-        let cost = judged.policy.paper_cost(blocks);
+        let (cost, wire) = (judged.policy.paper_cost(blocks), judged.wire);
         text += &format!(
-            "{:<10} {:>8.2} % {:>8.2} % {:>9.2} %\n",
-            candidate.to_string(),
+            "{:<width$} {:>8.2} % {:>8.2} % {:>9.2} % {:>8.2} % {:>10} {:>11}\n",
+            judged.candidate.name,
             100.0 * validation,
             100.0 * test,
-            100.0 * cost
+            100.0 * cost,
+            100.0 * wire.fraction(),
+            wire.bytes,
+            wire.planned_bytes,
         );
-        let value = json!({ "validation": validation, "test": test, "paper_cost": cost });
-        candidates.insert(candidate.to_string(), value);
+        let value =
+            json!({ "validation": validation, "test": test, "paper_cost": cost, "wire": wire });
+        candidates.insert(judged.candidate.name.clone(), value);
     }
     let files = [Some(&outcome.model), outcome.policy.as_ref(), Some(&outcome.report)];
     text.extend(files.into_iter().flatten().map(|file| format!("{}\n", file.display())));

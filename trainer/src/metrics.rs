@@ -12,7 +12,6 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::write_whole;
 use crate::error::TrainError;
 use crate::progress::Stage;
-use crate::state::Candidate;
 
 /// One line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -25,7 +24,10 @@ pub(crate) struct Line {
     pub(crate) number: usize,
     /// Whose weights, past the shared ones.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) candidate: Option<Candidate>,
+    pub(crate) candidate: Option<String>,
+    /// Whether the policies looked for have levels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) search_levels: Option<bool>,
     /// Learning rate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) lr: Option<f64>,
@@ -56,6 +58,7 @@ impl Line {
             round,
             number,
             candidate: None,
+            search_levels: None,
             lr: None,
             loss: None,
             train_accuracy: None,

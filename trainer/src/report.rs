@@ -4,12 +4,12 @@
 //! text that needs nothing beside it: curves as SVG, the policy as a picture, results as tables.
 //! Equal runs give equal pages.
 
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use plotters::prelude::*;
 use snn_schemas::Policy;
 
+use crate::candidate::Source;
 use crate::compare::{SamplerName, Trial};
 use crate::config::Config;
 use crate::data::Data;
@@ -17,7 +17,6 @@ use crate::error::TrainError;
 use crate::metrics::Line;
 use crate::progress::Stage;
 use crate::run::Judged;
-use crate::state::Candidate;
 
 /// Width and height of a curve, in pixels.
 const CURVE: (u32, u32) = (460, 240);
@@ -33,7 +32,7 @@ code{background:#f4f4f4;padding:0 .3em}.note{color:#666}";
 pub(crate) fn page(
     config: &Config,
     data: &Data,
-    judged: &BTreeMap<Candidate, Judged>,
+    judged: &[Judged],
     lines: &[Line],
 ) -> Result<String, TrainError> {
     let mut html = String::new();
@@ -65,7 +64,8 @@ pub(crate) fn page(
         config.seed
     );
     html.push_str(&results(config, judged));
-    if let Some(searched) = judged.get(&Candidate::Searched) {
+    if let Some(searched) = judged.iter().find(|judged| judged.candidate.source == Source::Searched)
+    {
         html.push_str("<h2>The policy</h2>\n");
         html.push_str(&picture(&searched.policy));
         html.push_str(&steps(&searched.policy));
@@ -147,17 +147,20 @@ fn percent(fraction: f64) -> String {
     format!("{:.2} %", 100.0 * fraction)
 }
 
-fn results(config: &Config, judged: &BTreeMap<Candidate, Judged>) -> String {
+fn results(config: &Config, judged: &[Judged]) -> String {
     let mut html = String::from(
-        "<h2>Results</h2>\n<table><tr><th>policy</th><th>validation</th><th>test</th><th>paper cost</th></tr>\n",
+        "<h2>Results</h2>\n<table><tr><th>policy</th><th>validation</th><th>test</th><th>paper cost</th><th>wire</th><th>bytes an image</th></tr>\n",
     );
-    for (candidate, judged) in judged {
+    for judged in judged {
         let _ = writeln!(
             html,
-            "<tr><td>{candidate}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+            "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+            judged.candidate.name,
             percent(judged.validation.accuracy()),
             percent(judged.test.accuracy()),
             percent(judged.policy.paper_cost(config.net.blocks())),
+            percent(judged.wire.fraction()),
+            judged.wire.bytes,
         );
     }
     html.push_str("</table>\n<p class=\"note\">All start from the same shared weights and are fine-tuned alike, each under its own policy. \

@@ -2,8 +2,8 @@
 //!
 //! Weights stay as they are. A step lets the controller sample policies, judges each on a validation
 //! mini-batch of its own, and learns from the accuracies. Choosing judges every sampled policy on
-//! the whole validation set. The random sampler is judged on as many images. The test images are
-//! never looked at.
+//! the same validation images, all of them or as many as the settings say. The random sampler is
+//! judged on as many images. The test images are never looked at.
 
 use burn::module::Module;
 use rand::seq::SliceRandom;
@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::controller::{Reinforce, policies, random_policies};
 use crate::data::Dataset;
 use crate::error::TrainError;
-use crate::judge::{Score, judge, judge_all};
+use crate::judge::{Score, judge};
 use crate::net::{Network, Stats};
 use crate::seed::rng;
 use crate::state::Choice;
@@ -60,30 +60,32 @@ pub(crate) fn sample(
     Ok(policies(config, rollout.steps))
 }
 
-/// The random sampler's policies: as many as the validation set can be judged under for what the
-/// search judged in a round, on the weights both are judged on.
+/// The random sampler's policies: as many as can be chosen among for the images that the search
+/// judged in a round, on the weights both are judged on.
 pub(crate) fn random(config: &Config, images: &Dataset) -> Vec<Policy> {
     let search = &config.search;
     let batch = config.train.batch.min(images.len());
     let judged = search.steps * search.policies_per_step * batch;
-    let count = search.samples + judged.div_ceil(images.len().max(1));
+    let count = search.samples + judged.div_ceil(config.judged_images(images.len()).max(1));
     random_policies(config, count, &mut rng(config.seed, "random", 0))
 }
 
-/// The best of `candidates` on all validation images; calls `done` after each.
+/// The best of `candidates` on the first `count` validation images; calls `done` after each.
 pub(crate) fn best(
     network: &Network,
     candidates: &[Policy],
-    images: &Dataset,
+    (images, count): (&Dataset, usize),
     mut done: impl FnMut(usize, f64),
 ) -> Result<Option<Choice>, TrainError> {
+    // Drawn by seed when the data was split: the first are as good as any.
+    let judged: Vec<usize> = (0..count.min(images.len())).collect();
     // A controller that has settled samples the same policy again and again.
     let mut known: Vec<(&Policy, Score)> = Vec::new();
     let mut best: Option<Choice> = None;
     for (index, policy) in candidates.iter().enumerate() {
         let validation = match known.iter().find(|(other, _)| other.steps == policy.steps) {
             Some((_, score)) => *score,
-            None => judge_all(network, policy, images, Stats::Batch)?,
+            None => judge(network, policy, images, &judged, Stats::Batch)?,
         };
         known.push((policy, validation));
         if best.as_ref().is_none_or(|best| validation.beats(&best.validation)) {

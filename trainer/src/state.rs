@@ -23,28 +23,6 @@ use crate::fit;
 use crate::judge::Score;
 use crate::net::Network;
 
-/// A policy that is carried to the end, and where it comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Candidate {
-    /// The best the controller sampled.
-    Searched,
-    /// The best of as many that were drawn with equal probability.
-    Random,
-    /// No exchange at all.
-    Silent,
-}
-
-impl fmt::Display for Candidate {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Candidate::Searched => "searched",
-            Candidate::Random => "random",
-            Candidate::Silent => "silent",
-        })
-    }
-}
-
 /// A policy, and how good the shared weights were under it on the validation images.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Choice {
@@ -52,25 +30,41 @@ pub(crate) struct Choice {
     pub(crate) validation: Score,
 }
 
+/// Ends the names of the parts that belong to [`State::other`].
+const OTHER: &str = ".other";
+/// Begins the names of candidates' weights.
+const TUNED: &str = "tuned/";
+
 /// What has been done so far.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Ledger {
     /// Epochs of stage 1, over all rounds.
     pub(crate) epochs: usize,
+    /// Among the policies that `exchange` describes, from which stage 1 samples.
+    #[serde(flatten)]
+    pub(crate) main: Found,
+    /// Among the others: with levels where `exchange.search_levels` is false, or without.
+    #[serde(default)]
+    pub(crate) other: Found,
+    /// Fine-tuning epochs of each candidate, by name.
+    pub(crate) tuned: BTreeMap<String, usize>,
+    /// Fine-tuned candidates on the validation images.
+    pub(crate) validation: BTreeMap<String, Score>,
+    /// Fine-tuned candidates on the test images.
+    pub(crate) test: BTreeMap<String, Score>,
+    /// Lines of `metrics.jsonl` that belong to all this.
+    pub(crate) lines: usize,
+}
+
+/// What has been looked for and found among policies with levels, or among those without.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Found {
     /// Steps of the controller, over all rounds.
     pub(crate) steps: usize,
     /// The best policy of each round's stage 3.
     pub(crate) selections: Vec<Choice>,
     /// The best policy of the random sampler.
     pub(crate) random: Option<Choice>,
-    /// Fine-tuning epochs of each candidate.
-    pub(crate) tuned: BTreeMap<Candidate, usize>,
-    /// Fine-tuned candidates on the validation images.
-    pub(crate) validation: BTreeMap<Candidate, Score>,
-    /// Fine-tuned candidates on the test images.
-    pub(crate) test: BTreeMap<Candidate, Score>,
-    /// Lines of `metrics.jsonl` that belong to all this.
-    pub(crate) lines: usize,
 }
 
 /// Where a run stands.
@@ -79,10 +73,12 @@ pub(crate) struct State {
     pub(crate) network: Network,
     /// Optimiser of the weights in work: the shared ones, then each candidate's.
     pub(crate) sgd: ModuleOptimizer,
-    /// The controller and its optimiser.
-    pub(crate) reinforce: Reinforce,
+    /// The controller and its optimiser, for the policies that `exchange` describes.
+    pub(crate) main: Reinforce,
+    /// And for the others, see [`Ledger::other`].
+    pub(crate) other: Reinforce,
     /// Each candidate's own weights, from its first fine-tuning epoch on.
-    pub(crate) tuned: BTreeMap<Candidate, Network>,
+    pub(crate) tuned: BTreeMap<String, Network>,
     /// What has been done.
     pub(crate) ledger: Ledger,
 }
@@ -90,10 +86,13 @@ pub(crate) struct State {
 impl State {
     /// Before the first step. `device` must have autodiff.
     pub(crate) fn fresh(config: &Config, device: &Device) -> State {
+        let fresh =
+            |config: &Config| Reinforce::new(Controller::new(config, device), &config.search);
         State {
             network: Network::new(&config.net, config.seed, device),
             sgd: fit::sgd(&config.train),
-            reinforce: Reinforce::new(Controller::new(config, device), &config.search),
+            main: fresh(config),
+            other: fresh(&config.with_levels(!config.exchange.search_levels)),
             tuned: BTreeMap::new(),
             ledger: Ledger::default(),
         }
@@ -102,15 +101,17 @@ impl State {
     /// Everything, as a checkpoint's parts.
     pub(crate) fn sections(&self) -> Result<Sections, TrainError> {
         let mut sections = Sections::new();
-        let (baseline, adam) = self.reinforce.memory()?;
         sections.insert("ledger".to_owned(), serde_json::to_vec(&self.ledger)?);
-        sections.insert("baseline".to_owned(), serde_json::to_vec(&baseline)?);
-        sections.insert("adam".to_owned(), adam);
-        sections.insert("controller".to_owned(), record(&self.reinforce.controller)?);
         sections.insert("network".to_owned(), record(&self.network)?);
         sections.insert("sgd".to_owned(), self.sgd.into_bytes().map_err(tensor)?.to_vec());
+        for (reinforce, suffix) in [(&self.main, ""), (&self.other, OTHER)] {
+            let (baseline, adam) = reinforce.memory()?;
+            sections.insert(format!("baseline{suffix}"), serde_json::to_vec(&baseline)?);
+            sections.insert(format!("adam{suffix}"), adam);
+            sections.insert(format!("controller{suffix}"), record(&reinforce.controller)?);
+        }
         for (candidate, network) in &self.tuned {
-            sections.insert(candidate.to_string(), record(network)?);
+            sections.insert(format!("{TUNED}{candidate}"), record(network)?);
         }
         Ok(sections)
     }
@@ -124,25 +125,39 @@ impl State {
         let fresh = State::fresh(config, device);
         let mut part = |name: &str| sections.remove(name).ok_or(format!("it has no {name}"));
         let ledger: Ledger = from_json(&part("ledger")?)?;
-        let baseline: Option<f64> = from_json(&part("baseline")?)?;
-        let controller = load(fresh.reinforce.controller, part("controller")?)?;
-        let reinforce = Reinforce::new(controller, &config.search);
+        let main = remember(fresh.main, "", &mut part)?;
+        // A run that has one controller is older than the other, which has then learned nothing.
+        let other = match ledger.other.steps {
+            0 => fresh.other,
+            _ => remember(fresh.other, OTHER, &mut part)?,
+        };
         let sgd = fresh.sgd.from_bytes(Bytes::from_bytes_vec(part("sgd")?));
         let mut tuned = BTreeMap::new();
-        for &candidate in ledger.tuned.keys() {
-            let network = load(fresh.network.copy(), part(&candidate.to_string())?)?;
-            tuned.insert(candidate, network);
+        for name in ledger.tuned.keys() {
+            let weights = part(&format!("{TUNED}{name}")).or_else(|_| part(name))?;
+            tuned.insert(name.clone(), load(fresh.network.copy(), weights)?);
         }
         Ok(State {
             network: load(fresh.network, part("network")?)?,
             sgd: sgd.map_err(|error| error.to_string())?,
-            reinforce: reinforce
-                .remember(baseline, part("adam")?)
-                .map_err(|error| error.to_string())?,
+            main,
+            other,
             tuned,
             ledger,
         })
     }
+}
+
+/// The controller that was written with `suffix` behind its parts' names.
+fn remember(
+    fresh: Reinforce,
+    suffix: &str,
+    part: &mut impl FnMut(&str) -> Result<Vec<u8>, String>,
+) -> Result<Reinforce, String> {
+    let baseline: Option<f64> = from_json(&part(&format!("baseline{suffix}"))?)?;
+    let adam = part(&format!("adam{suffix}"))?;
+    let weights = part(&format!("controller{suffix}"))?;
+    fresh.remember(baseline, adam, |controller| load(controller, weights))
 }
 
 /// Weights as bytes. Statistics that wait to be merged only are so in a copy without gradients.
@@ -163,4 +178,41 @@ fn from_json<T: serde::de::DeserializeOwned>(json: &[u8]) -> Result<T, String> {
 
 fn tensor(error: impl fmt::Display) -> TrainError {
     TrainError::Tensor(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Tensor;
+
+    /// Ledgers were written without a second search before there were candidates to choose.
+    #[test]
+    fn a_ledger_of_one_search_is_still_read() {
+        let json = br#"{"epochs":8,"steps":3,"selections":[],"random":null,
+            "tuned":{"searched":1},"validation":{},"test":{},"lines":11}"#;
+        let ledger: Ledger = from_json(json).unwrap();
+        assert_eq!((ledger.epochs, ledger.main.steps, ledger.lines), (8, 3, 11));
+        assert_eq!((ledger.other, ledger.tuned["searched"]), (Found::default(), 1));
+    }
+
+    /// Their candidates' weights stood under the bare name.
+    #[test]
+    fn weights_under_a_bare_name_are_still_read() {
+        let config = Config::digits();
+        let device = Device::flex().autodiff();
+        let mut state = State::fresh(&config, &device);
+        let tuned = Network::new(&config.net, config.seed + 1, &device);
+        state.tuned.insert("silent".to_owned(), tuned.copy());
+        state.ledger.tuned.insert("silent".to_owned(), 1);
+        let mut sections = state.sections().unwrap();
+        let weights = sections.remove("tuned/silent").unwrap();
+        sections.insert("silent".to_owned(), weights);
+        sections.retain(|name, _| !name.ends_with(OTHER));
+        let again = State::restore(&config, &device, sections).unwrap();
+        let logits = |network: &Network| -> Vec<f32> {
+            network.forward(Tensor::ones([1, 1, 8, 8], &device)).try_into_vec_as().unwrap()
+        };
+        assert_eq!(logits(&again.tuned["silent"]), logits(&tuned));
+        assert_ne!(logits(&again.network), logits(&tuned));
+    }
 }

@@ -4,9 +4,9 @@
 
 use std::path::Path;
 
-use snn_schemas::{Policy, onnx};
+use snn_schemas::{Dtype, Policy, onnx};
 use snn_trainer::{
-    Candidate, Config, Data, Report, Stage, TrainError, classify, evaluate, read_network,
+    Candidate, Config, Data, Report, Source, Stage, TrainError, classify, evaluate, read_network,
 };
 
 /// Seconds rather than a minute; accuracy is of no interest here.
@@ -64,7 +64,7 @@ fn a_run_leaves_a_model_whose_predictions_are_those_of_training() {
     }
 
     let data = Data::load(&config, None).unwrap();
-    let searched = &outcome.candidates[&Candidate::Searched];
+    let searched = outcome.candidate("searched").unwrap();
     let policy = Policy::from_json(&read(&out, "best.json")).unwrap();
     assert_eq!(policy.steps, searched.policy.steps);
     let provenance = policy.provenance.clone().unwrap();
@@ -139,6 +139,62 @@ fn stages_one_by_one_and_out_of_order() {
     assert!(outcome.model.is_file());
 }
 
+/// The rows of an evidence table, from one set of shared weights.
+#[test]
+fn candidates_keep_to_their_limits_and_may_be_added() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path();
+    let mut config = tiny();
+    config.exchange.dtype = Dtype::F32;
+    config.search.rounds = 1;
+    config.search.judged_images = 50;
+    config.finetune.epochs = 1;
+    snn_trainer::train(&config, None, out, false, &mut ()).unwrap();
+    let row = |name: &str, source, search_levels, dtype| Candidate {
+        name: name.to_owned(),
+        source,
+        search_levels,
+        dtype,
+    };
+    config.candidates = vec![
+        row("searched", Source::Searched, Some(false), None),
+        row("sparse", Source::Searched, Some(true), None),
+        row("sparse-f16", Source::Searched, Some(true), Some(Dtype::F16)),
+        row("random", Source::Random, Some(false), None),
+        row("full", Source::Full, None, None),
+    ];
+    snn_trainer::run(&config, None, out, true, &mut ()).unwrap();
+    // A row more, after the end: the others stay what they were.
+    let before = metrics(out);
+    config.candidates.push(row("silent", Source::Silent, None, None));
+    let outcome = snn_trainer::run(&config, None, out, true, &mut ()).unwrap();
+    let names: Vec<&str> =
+        outcome.candidates.iter().map(|judged| judged.candidate.name.as_str()).collect();
+    assert_eq!(names, ["searched", "sparse", "sparse-f16", "random", "full", "silent"]);
+    let after = metrics(out);
+    assert_eq!(after[..before.len()], before[..]);
+    assert_eq!(after.len(), before.len() + 3, "an epoch, a judgement, a test");
+
+    let of = |name: &str| outcome.candidate(name).unwrap();
+    let full = |name: &str| of(name).policy.steps.iter().all(|step| step.level == 8);
+    assert!(full("searched") && full("random") && full("full") && !full("sparse"));
+    assert_eq!(of("sparse").policy.steps, of("sparse-f16").policy.steps);
+    assert_eq!(of("sparse-f16").policy.dtype, Dtype::F16);
+    assert_eq!(2 * of("sparse-f16").wire.bytes, of("sparse").wire.bytes);
+    assert_eq!(of("silent").wire.bytes, 0);
+    assert!(of("full").wire.bytes < of("full").wire.planned_bytes);
+    assert_eq!(of("full").test.images, 599);
+    let exported = Policy::from_json(&read(out, "best.json")).unwrap();
+    assert_eq!(exported.steps, of("searched").policy.steps);
+    assert_eq!(evaluate(out, None).unwrap().correct, of("searched").test.correct);
+    let judged = |stage: &str| before.iter().filter(move |line| line["stage"] == stage).count();
+    assert_eq!((judged("search"), judged("baseline")), (2 * 4, 1));
+
+    config.candidates[0].dtype = Some(Dtype::F16);
+    let other = snn_trainer::run(&config, None, out, true, &mut ()).unwrap_err().to_string();
+    assert!(other.ends_with("was begun with another [candidates]"), "{other}");
+}
+
 #[test]
 fn an_ordinary_network_has_nothing_to_search() {
     let folder = tempfile::tempdir().unwrap();
@@ -146,9 +202,9 @@ fn an_ordinary_network_has_nothing_to_search() {
     config.net.groups = 1;
     config.search.rounds = 1;
     let outcome = snn_trainer::run(&config, None, folder.path(), false, &mut ()).unwrap();
-    assert_eq!(outcome.candidates.keys().collect::<Vec<_>>(), [&Candidate::Silent]);
+    assert_eq!(outcome.candidates.len(), 1);
     assert_eq!(outcome.policy, None);
-    assert_eq!(evaluate(folder.path(), None).unwrap(), outcome.candidates[&Candidate::Silent].test);
+    assert_eq!(evaluate(folder.path(), None).unwrap(), outcome.candidate("silent").unwrap().test);
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod autoaugment;
 mod cifar;
 mod digits;
 mod folder;
+pub(crate) mod loader;
 mod pickle;
 
 use std::path::Path;
@@ -81,6 +82,16 @@ impl Dataset {
         rng: &mut Rng,
         device: &Device,
     ) -> (Tensor<4>, Tensor<1, Int>) {
+        self.tensors(self.prepare(indices, most, rng), indices, device)
+    }
+
+    /// The pixels of [`Dataset::augmented`].
+    pub(crate) fn prepare(
+        &self,
+        indices: &[usize],
+        most: &Augmentation,
+        rng: &mut Rng,
+    ) -> Vec<f32> {
         let mut pixels = Vec::with_capacity(indices.len() * self.shape.iter().product::<usize>());
         for &index in indices {
             let changed = most.autoaugment.then(|| self.autoaugmented(index, rng));
@@ -103,7 +114,7 @@ impl Dataset {
                 pixels[start..].chunks_exact_mut(self.shape[2]).for_each(<[f32]>::reverse);
             }
         }
-        self.tensors(pixels, indices, device)
+        pixels
     }
 
     /// AutoAugment works on bytes: back to these, and to normalised pixels again.
@@ -174,7 +185,8 @@ impl Dataset {
         }
     }
 
-    fn tensors(
+    /// `pixels`, made of the images `indices`, as a batch with their labels.
+    pub(crate) fn tensors(
         &self,
         pixels: Vec<f32>,
         indices: &[usize],

@@ -1,0 +1,172 @@
+//! Stages 2 and 3 of a run, and the random sampler's choice, among the policies candidates ask for.
+//!
+//! Policies with levels and policies without are looked for apart, each by a controller of its own
+//! with the same budget, and only where a candidate wants them.
+
+use std::time::Instant;
+
+use snn_schemas::Policy;
+
+use super::{Run, SAVE_EVERY};
+use crate::candidate::{self, Candidate, Source};
+use crate::error::TrainError;
+use crate::metrics::Line;
+use crate::progress::{Report, Stage};
+use crate::search;
+use crate::state::{Choice, Found};
+
+impl Run<'_> {
+    /// Stages 2 and 3 of a round.
+    pub(super) fn search(&mut self, round: usize) -> Result<(), TrainError> {
+        for levels in self.spaces(Source::Searched) {
+            self.teach(round, levels)?;
+            self.select(round, levels)?;
+        }
+        Ok(())
+    }
+
+    /// The random sampler's choices.
+    pub(super) fn baseline(&mut self) -> Result<(), TrainError> {
+        for levels in self.spaces(Source::Random) {
+            if self.found(levels).random.is_none() {
+                let config = self.config.with_levels(levels);
+                let candidates = search::random(&config, &self.data.validation);
+                let round = self.config.search.rounds - 1;
+                let choice = self.choose(Stage::Baseline, (round, levels), &candidates)?;
+                self.found_mut(levels).random = choice;
+                self.save()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether every candidate has its policy.
+    pub(super) fn has_chosen(&self) -> bool {
+        let chosen = |candidate: &Candidate| {
+            let found = self.found(candidate.with_levels());
+            match candidate.source {
+                Source::Searched => found.selections.len() >= self.config.search.rounds,
+                Source::Random => found.random.is_some(),
+                Source::Full | Source::Silent => true,
+            }
+        };
+        self.candidates.iter().all(chosen)
+    }
+
+    /// The policy of a candidate: the silent one while nothing has been chosen.
+    pub(super) fn policy(&self, candidate: &Candidate) -> Policy {
+        let found = self.found(candidate.with_levels());
+        let choice = match candidate.source {
+            Source::Searched => found.selections.last(),
+            Source::Random => found.random.as_ref(),
+            Source::Full | Source::Silent => None,
+        };
+        let policy = match (choice, candidate.source) {
+            (Some(choice), _) => choice.policy.clone(),
+            (None, Source::Full) => candidate::full(self.config),
+            (None, _) => self.config.silent(),
+        };
+        Policy { dtype: candidate.dtype.unwrap_or(policy.dtype), ..policy }
+    }
+
+    /// The kinds of policies, with levels or without, that candidates of `source` want.
+    fn spaces(&self, source: Source) -> Vec<bool> {
+        let main = self.config.exchange.search_levels;
+        let wanted = |levels: &bool| {
+            let mut of_source = self.candidates.iter().filter(|other| other.source == source);
+            of_source.any(|candidate| candidate.with_levels() == *levels)
+        };
+        [main, !main].into_iter().filter(wanted).collect()
+    }
+
+    pub(super) fn found(&self, levels: bool) -> &Found {
+        match levels == self.config.exchange.search_levels {
+            true => &self.state.ledger.main,
+            false => &self.state.ledger.other,
+        }
+    }
+
+    fn found_mut(&mut self, levels: bool) -> &mut Found {
+        match levels == self.config.exchange.search_levels {
+            true => &mut self.state.ledger.main,
+            false => &mut self.state.ledger.other,
+        }
+    }
+
+    /// Stage 2 of a round.
+    fn teach(&mut self, round: usize, levels: bool) -> Result<(), TrainError> {
+        let config = self.config.with_levels(levels);
+        let steps = config.search.steps;
+        let network = self.state.network.inference();
+        let main = levels == self.config.exchange.search_levels;
+        while self.found(levels).steps < (round + 1) * steps {
+            let started = Instant::now();
+            let number = self.found(levels).steps;
+            let reinforce = if main { &mut self.state.main } else { &mut self.state.other };
+            let images = &self.data.validation;
+            let (learned, step) =
+                search::step(reinforce.clone(), &network, images, (&config, number))?;
+            *reinforce = learned;
+            self.found_mut(levels).steps += 1;
+            let line = Line {
+                search_levels: Some(levels),
+                validation_accuracy: Some(step.reward),
+                entropy: Some(step.entropy),
+                seconds: started.elapsed().as_secs_f64(),
+                ..Line::new(Stage::Search, round + 1, number + 1)
+            };
+            self.note(&line, number + 1 - round * steps, steps)?;
+            if self.saved.elapsed() > SAVE_EVERY || number + 1 == (round + 1) * steps {
+                self.save()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Stage 3 of a round. What an earlier round chose competes on the weights of now.
+    fn select(&mut self, round: usize, levels: bool) -> Result<(), TrainError> {
+        if self.found(levels).selections.len() > round {
+            return Ok(());
+        }
+        let config = self.config.with_levels(levels);
+        let main = levels == self.config.exchange.search_levels;
+        let reinforce = if main { &self.state.main } else { &self.state.other };
+        let mut candidates = search::sample(reinforce, &config, round)?;
+        let before = self.found(levels).selections.last();
+        candidates.extend(before.map(|choice| choice.policy.clone()));
+        let choice = self.choose(Stage::Select, (round, levels), &candidates)?;
+        self.found_mut(levels).selections.extend(choice);
+        self.save()
+    }
+
+    fn choose(
+        &mut self,
+        stage: Stage,
+        (round, levels): (usize, bool),
+        candidates: &[Policy],
+    ) -> Result<Option<Choice>, TrainError> {
+        let started = Instant::now();
+        let network = self.state.network.inference();
+        let progress = &mut *self.progress;
+        let mut best = 0.0_f64;
+        let images = &self.data.validation;
+        let judged = (images, self.config.judged_images(images.len()));
+        let choice = search::best(&network, candidates, judged, |done, accuracy| {
+            best = best.max(accuracy);
+            let total = candidates.len();
+            let accuracy = Some(best);
+            let round = round + 1;
+            progress.report(&Report { stage, round, done, total, loss: None, accuracy });
+        })?;
+        let score = choice.as_ref().map(|choice| choice.validation);
+        let line = Line {
+            search_levels: Some(levels),
+            loss: score.map(|score| score.loss),
+            validation_accuracy: score.map(|score| score.accuracy()),
+            seconds: started.elapsed().as_secs_f64(),
+            ..Line::new(stage, round + 1, candidates.len())
+        };
+        self.metrics.write(&line)?;
+        Ok(choice)
+    }
+}

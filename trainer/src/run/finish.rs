@@ -1,0 +1,124 @@
+//! The end of a run: the test images, the exported model and policy, the report.
+
+use std::time::Instant;
+
+use serde_json::json;
+use snn_schemas::Policy;
+
+use super::folder::{METRICS, MODEL, POLICY, REPORT, TOOL};
+use super::{Judged, Outcome, Run};
+use crate::checkpoint::write_whole;
+use crate::error::TrainError;
+use crate::export::write_onnx;
+use crate::judge::judge_all;
+use crate::metrics::{self, Line};
+use crate::net::Stats;
+use crate::progress::{Report, Stage};
+use crate::report;
+use crate::wire::Wire;
+
+impl Run<'_> {
+    /// The test images, once a candidate.
+    pub(super) fn test(&mut self) -> Result<(), TrainError> {
+        let candidates = self.candidates.clone();
+        for (index, candidate) in candidates.iter().enumerate() {
+            let name = &candidate.name;
+            if self.state.ledger.test.contains_key(name) {
+                continue;
+            }
+            let started = Instant::now();
+            let Some(network) = self.state.tuned.get(name) else { continue };
+            let policy = self.policy(candidate);
+            let score = judge_all(&network.inference(), &policy, &self.data.test, Stats::Stored)?;
+            self.state.ledger.test.insert(name.clone(), score);
+            let line = Line {
+                candidate: Some(name.clone()),
+                loss: Some(score.loss),
+                test_accuracy: Some(score.accuracy()),
+                seconds: started.elapsed().as_secs_f64(),
+                ..Line::new(Stage::Test, self.config.search.rounds, index + 1)
+            };
+            self.note(&line, index + 1, candidates.len())?;
+        }
+        self.save()
+    }
+
+    /// Model, policy and report.
+    pub(super) fn export(&mut self) -> Result<(), TrainError> {
+        let Some(first) = self.candidates.first() else { return Ok(()) };
+        let Some(network) = self.state.tuned.get(&first.name) else { return Ok(()) };
+        write_whole(&self.folder.join(MODEL), &write_onnx(network, &self.data)?)?;
+        let judged = self.judged();
+        if self.config.net.groups > 1 {
+            let provenance = Some(self.provenance(&judged));
+            let policy = Policy { provenance, ..self.policy(first) };
+            write_whole(&self.folder.join(POLICY), policy.to_json().as_bytes())?;
+        }
+        let lines = metrics::read(&self.folder.join(METRICS))?;
+        let page = report::page(self.config, &self.data, &judged, &lines)?;
+        write_whole(&self.folder.join(REPORT), page.as_bytes())?;
+        let (round, done, total) = (self.config.search.rounds, 1, 1);
+        let stage = Stage::Export;
+        self.progress.report(&Report { stage, round, done, total, loss: None, accuracy: None });
+        Ok(())
+    }
+
+    /// Where the policy came from, for `best.json`.
+    fn provenance(&self, judged: &[Judged]) -> serde_json::Map<String, serde_json::Value> {
+        let mut accuracy = serde_json::Map::new();
+        for judged in judged {
+            accuracy.insert(
+                judged.candidate.name.clone(),
+                json!({
+                    "validation": judged.validation.accuracy(),
+                    "test": judged.test.accuracy(),
+                    "paper_cost": judged.policy.paper_cost(self.config.net.blocks()),
+                    "wire_bytes": judged.wire.bytes,
+                    "planned_wire_bytes": judged.wire.planned_bytes,
+                }),
+            );
+        }
+        let entries = [
+            ("tool", json!(TOOL)),
+            ("dataset", json!(self.data.name)),
+            ("dataset_sha256", json!(self.data.sha256)),
+            ("seed", json!(self.config.seed)),
+            ("net", json!(self.config.net)),
+            ("search", json!(self.config.search)),
+            ("epochs", json!(self.config.train.epochs)),
+            ("finetune_epochs", json!(self.config.finetune.epochs)),
+            ("candidate", json!(self.candidates.first())),
+            ("accuracy", serde_json::Value::Object(accuracy)),
+        ];
+        entries.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+    }
+
+    fn judged(&self) -> Vec<Judged> {
+        let ledger = &self.state.ledger;
+        let judge = |candidate: &crate::candidate::Candidate| {
+            let validation = *ledger.validation.get(&candidate.name)?;
+            let test = *ledger.test.get(&candidate.name)?;
+            let policy = self.policy(candidate);
+            let wire = Wire::of(&self.config.net, &policy);
+            Some(Judged { candidate: candidate.clone(), policy, validation, test, wire })
+        };
+        self.candidates.iter().filter_map(judge).collect()
+    }
+
+    pub(super) fn outcome(mut self) -> Outcome {
+        let candidates = self.judged();
+        let first = self.candidates.first().map(|candidate| candidate.name.as_str());
+        let network = match first.and_then(|first| self.state.tuned.remove(first)) {
+            Some(network) => network.inference(),
+            None => self.state.network.inference(),
+        };
+        Outcome {
+            candidates,
+            network,
+            model: self.folder.join(MODEL),
+            policy: (self.config.net.groups > 1).then(|| self.folder.join(POLICY)),
+            report: self.folder.join(REPORT),
+            folder: self.folder,
+        }
+    }
+}

@@ -1,0 +1,326 @@
+//! A run: the stages tied together, and the folder that holds what they leave behind.
+//!
+//! The folder has `config.toml`, `run.json`, `metrics.jsonl`, `checkpoints/last.ckpt` and `checkpoints/best.ckpt`,
+//! and in the end `model.onnx`, `best.json` and `report.html`. Each stage does what is still missing
+//! up to its goal and no more. So a run that was stopped goes on where its last checkpoint stands,
+//! at most an epoch back, and stages asked for one by one give what one run gives.
+
+mod choosing;
+mod finish;
+mod folder;
+mod weights;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use burn::tensor::Device;
+use serde::Serialize;
+use snn_schemas::Policy;
+
+use self::folder::{
+    CHECKPOINTS, COMPARE, COMPARE_PAGE, CONFIG, LAST, METRICS, MODEL, POLICY, check_same,
+    read_config, write_about,
+};
+use crate::candidate::Candidate;
+use crate::checkpoint::{self, write_whole};
+use crate::compare::Trial;
+use crate::config::Config;
+use crate::data::Data;
+use crate::error::TrainError;
+use crate::export::read_network;
+use crate::fit;
+use crate::judge::{Score, judge_all};
+use crate::metrics::{Line, Metrics};
+use crate::net::{Network, Stats};
+use crate::progress::{Progress, Report, Stage};
+use crate::state::State;
+use crate::wire::Wire;
+use crate::{compare as samplers, report};
+
+/// How long the controller may learn between two checkpoints. An epoch is always followed by one.
+const SAVE_EVERY: Duration = Duration::from_secs(30);
+
+/// A fine-tuned candidate, judged.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Judged {
+    /// What it is, every limit filled in.
+    pub candidate: Candidate,
+    /// Its policy.
+    pub policy: Policy,
+    /// On the validation images.
+    pub validation: Score,
+    /// On the test images.
+    pub test: Score,
+    /// What its policy sends per image.
+    pub wire: Wire,
+}
+
+/// What a finished run gives.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The candidates, in the settings' order; the first is the one that was exported.
+    pub candidates: Vec<Judged>,
+    /// The network that was exported, with the first candidate's weights and statistics.
+    pub network: Network,
+    /// The folder.
+    pub folder: PathBuf,
+    /// The exported network.
+    pub model: PathBuf,
+    /// The policy file; absent for a network of one group.
+    pub policy: Option<PathBuf>,
+    /// The report.
+    pub report: PathBuf,
+}
+
+impl Outcome {
+    /// The candidate that was exported.
+    pub fn exported(&self) -> Option<&Judged> {
+        self.candidates.first()
+    }
+
+    /// The candidate of this name.
+    pub fn candidate(&self, name: &str) -> Option<&Judged> {
+        self.candidates.iter().find(|judged| judged.candidate.name == name)
+    }
+}
+
+/// Goes through all stages of `config` and leaves everything in the folder `out`.
+///
+/// Images come from the folder `data`, or from the crate itself if it has them. With `resume` an
+/// earlier run in `out` is gone on with; without, it is an error to find one there.
+///
+/// # Errors
+/// Bad settings or images, a folder that cannot be written to, a loss that leaves the numbers.
+pub fn run(
+    config: &Config,
+    data: Option<&Path>,
+    out: &Path,
+    resume: bool,
+    progress: &mut dyn Progress,
+) -> Result<Outcome, TrainError> {
+    let mut run = Run::open(config, data, (out, resume), progress)?;
+    for round in 0..config.search.rounds {
+        run.train(round)?;
+        run.search(round)?;
+    }
+    run.baseline()?;
+    run.finetune()?;
+    run.test()?;
+    run.export()?;
+    Ok(run.outcome())
+}
+
+/// Stage 1 alone: the weights, for all epochs, under policies drawn with equal probability.
+///
+/// # Errors
+/// As [`run`].
+pub fn train(
+    config: &Config,
+    data: Option<&Path>,
+    out: &Path,
+    resume: bool,
+    progress: &mut dyn Progress,
+) -> Result<(), TrainError> {
+    let mut run = Run::open(config, data, (out, resume), progress)?;
+    (0..config.search.rounds).try_for_each(|round| run.train(round))
+}
+
+/// Stages 2 and 3 alone, and the random sampler's choice, on the weights that [`train`] left.
+///
+/// # Errors
+/// As [`run`]; or stage 1 is not done.
+pub fn search(
+    config: &Config,
+    data: Option<&Path>,
+    out: &Path,
+    progress: &mut dyn Progress,
+) -> Result<(), TrainError> {
+    let mut run = Run::at(Stage::Search, config, data, (out, progress))?;
+    (0..config.search.rounds).try_for_each(|round| run.search(round))?;
+    run.baseline()
+}
+
+/// The last stage alone: each candidate's weights under its policy.
+///
+/// # Errors
+/// As [`run`]; or no policy has been chosen.
+pub fn finetune(
+    config: &Config,
+    data: Option<&Path>,
+    out: &Path,
+    progress: &mut dyn Progress,
+) -> Result<(), TrainError> {
+    Run::at(Stage::Finetune, config, data, (out, progress))?.finetune()
+}
+
+/// Judges the fine-tuned candidates on the test images, and writes model, policy and report.
+///
+/// # Errors
+/// As [`run`]; or fine-tuning is not done.
+pub fn export(
+    config: &Config,
+    data: Option<&Path>,
+    out: &Path,
+    progress: &mut dyn Progress,
+) -> Result<Outcome, TrainError> {
+    let mut run = Run::at(Stage::Export, config, data, (out, progress))?;
+    run.test()?;
+    run.export()?;
+    Ok(run.outcome())
+}
+
+/// Sets all samplers side by side on the weights that [`train`] left, once for each of `seeds`.
+///
+/// Leaves `compare.json` and `compare.html` in the folder.
+///
+/// # Errors
+/// As [`run`]; or stage 1 is not done, or the network has one group.
+pub fn compare(
+    config: &Config,
+    data: Option<&Path>,
+    out: &Path,
+    (seeds, progress): (&[u64], &mut dyn Progress),
+) -> Result<Vec<Trial>, TrainError> {
+    let run = Run::at(Stage::Search, config, data, (out, progress))?;
+    if config.net.groups == 1 {
+        return Err(TrainError::Data(
+            "a network of one group has no policies to compare".to_owned(),
+        ));
+    }
+    let (network, images) = (&run.state.network, &run.data.validation);
+    let trials = samplers::compare(config, network, images, (seeds, run.progress))?;
+    write_whole(&out.join(COMPARE), &serde_json::to_vec(&trials)?)?;
+    write_whole(&out.join(COMPARE_PAGE), report::comparison(&trials)?.as_bytes())?;
+    Ok(trials)
+}
+
+/// Judges what a finished run exported, read back from its folder, on the test images.
+///
+/// # Errors
+/// The folder holds no finished run, or the images are not its kind.
+pub fn evaluate(folder: &Path, data: Option<&Path>) -> Result<Score, TrainError> {
+    let config = read_config(folder)?.ok_or_else(|| TrainError::Order {
+        stage: Stage::Test,
+        path: folder.to_owned(),
+        missing: CONFIG,
+        before: Stage::Export,
+    })?;
+    let read = |name: &'static str| {
+        let path = folder.join(name);
+        fs::read(&path).map_err(TrainError::io(&path))
+    };
+    let policy = match config.net.groups {
+        1 => config.silent(),
+        _ => Policy::from_json(&read(POLICY)?).map_err(|error| {
+            TrainError::Data(format!("{}: {error}", folder.join(POLICY).display()))
+        })?,
+    };
+    let fits = policy.groups == config.net.groups && policy.steps.len() <= config.steps();
+    if !fits || policy.staleness != config.exchange.staleness {
+        let path = folder.join(POLICY);
+        return Err(TrainError::Data(format!("{}: not a policy for {CONFIG}", path.display())));
+    }
+    let data = Data::load(&config, data)?;
+    let network = read_network(read(MODEL)?, &config)?;
+    judge_all(&network, &policy, &data.test, Stats::Stored)
+}
+
+/// A run at work.
+struct Run<'a> {
+    config: &'a Config,
+    candidates: Vec<Candidate>,
+    data: Data,
+    folder: PathBuf,
+    state: State,
+    metrics: Metrics,
+    progress: &'a mut dyn Progress,
+    saved: Instant,
+}
+
+impl<'a> Run<'a> {
+    fn open(
+        config: &'a Config,
+        data: Option<&Path>,
+        (out, resume): (&Path, bool),
+        progress: &'a mut dyn Progress,
+    ) -> Result<Run<'a>, TrainError> {
+        config.check()?;
+        let data = Data::load(config, data)?;
+        if fit::batches(&data.train, &config.train) == 0 {
+            let (images, batch) = (data.train.len(), config.train.batch);
+            return Err(TrainError::Data(format!(
+                "{images} training images do not fill one batch of {batch}"
+            )));
+        }
+        let device = Device::flex().autodiff();
+        let last = out.join(CHECKPOINTS).join(LAST);
+        let sections = checkpoint::load(&last)?;
+        if sections.is_some() && !resume {
+            return Err(TrainError::Occupied { path: out.to_owned() });
+        }
+        let state = match sections {
+            None => State::fresh(config, &device),
+            Some(sections) => State::restore(config, &device, sections)
+                .map_err(|reason| TrainError::Checkpoint { path: last, reason })?,
+        };
+        check_same(config, out, &state)?;
+        fs::create_dir_all(out.join(CHECKPOINTS)).map_err(TrainError::io(out))?;
+        write_whole(&out.join(CONFIG), config.to_toml().as_bytes())?;
+        write_about(out, config, &data)?;
+        let metrics = Metrics::open(&out.join(METRICS), state.ledger.lines)?;
+        let folder = out.to_owned();
+        let (candidates, saved) = (config.candidates(), Instant::now());
+        Ok(Run { config, candidates, data, folder, state, metrics, progress, saved })
+    }
+
+    /// Goes on with the run in `out` at `stage`.
+    fn at(
+        stage: Stage,
+        config: &'a Config,
+        data: Option<&Path>,
+        (out, progress): (&Path, &'a mut dyn Progress),
+    ) -> Result<Run<'a>, TrainError> {
+        let run = Run::open(config, data, (out, true), progress)?;
+        run.requires(stage)?;
+        Ok(run)
+    }
+
+    /// Checks that the stages before `stage` are done.
+    fn requires(&self, stage: Stage) -> Result<(), TrainError> {
+        let trained = self.state.ledger.epochs >= self.config.train.epochs;
+        let tuned = self.candidates.iter().all(|candidate| self.is_tuned(candidate));
+        let (missing, before) = match stage {
+            _ if !trained => ("trained weights", Stage::Train),
+            Stage::Finetune | Stage::Export if !self.has_chosen() => {
+                ("chosen policy", Stage::Search)
+            }
+            Stage::Export if !tuned => ("fine-tuned weights", Stage::Finetune),
+            _ => return Ok(()),
+        };
+        Err(TrainError::Order { stage, path: self.folder.clone(), missing, before })
+    }
+
+    /// Writes a line and tells whoever listens.
+    fn note(&mut self, line: &Line, done: usize, total: usize) -> Result<(), TrainError> {
+        self.metrics.write(line)?;
+        let accuracies = [line.test_accuracy, line.validation_accuracy, line.train_accuracy];
+        self.progress.report(&Report {
+            stage: line.stage,
+            round: line.round,
+            done,
+            total,
+            loss: line.loss,
+            accuracy: accuracies.into_iter().flatten().next(),
+        });
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<(), TrainError> {
+        self.state.ledger.lines = self.metrics.lines;
+        let sections = self.state.sections()?;
+        checkpoint::save(&self.folder.join(CHECKPOINTS).join(LAST), &sections)?;
+        self.saved = Instant::now();
+        Ok(())
+    }
+}
