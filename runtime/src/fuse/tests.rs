@@ -10,6 +10,10 @@ use snn_schemas::onnx::{
     ValueInfoProto, attr_float, attr_int, attr_ints, attr_string, encode,
 };
 
+use std::sync::Arc;
+
+use tract_onnx::prelude::*;
+
 use super::*;
 use crate::TractEngine;
 use crate::engine::{Engine as _, Executor};
