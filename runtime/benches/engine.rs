@@ -1,7 +1,8 @@
 //! Kernels and engines, timed on one thread: `cargo bench -p snn-runtime`.
 //!
 //! `peak` is what the core can do at most; `kernel/*` are the convolutions of the networks that the
-//! project is about, in floating-point operations per second. `engine/*` runs whole files, as many as
+//! project is about, in floating-point operations per second: once with an input that is padded first,
+//! once with one stored with the zeros that pad it. `engine/*` runs whole files, as many as
 //! the variable `SNN_BENCH_MODELS` names (separated by `:`), with this crate's convolutions and with stock tract.
 
 use std::hint::black_box;
@@ -13,17 +14,23 @@ use snn_runtime::kernels::{Activation, Aligned, Alone, Conv, ConvSpec, Halo, Isa
 use snn_runtime::shard::Step;
 use snn_runtime::{Shard, TractEngine};
 
-/// Channels taken and given, groups, kernel, height and width.
-const SHAPES: [[usize; 5]; 9] = [
-    [16, 16, 1, 3, 32],
-    [64, 16, 1, 1, 32],
-    [16, 64, 1, 1, 32],
-    [32, 32, 1, 3, 16],
-    [128, 32, 1, 1, 16],
-    [64, 64, 1, 3, 8],
-    [256, 64, 1, 1, 8],
-    [64, 64, 16, 3, 32],
-    [64, 64, 64, 3, 32],
+/// Channels taken and given, groups, kernel, stride, height and width.
+const SHAPES: [[usize; 6]; 15] = [
+    [16, 16, 1, 3, 1, 32],
+    [64, 16, 1, 1, 1, 32],
+    [16, 64, 1, 1, 1, 32],
+    [32, 32, 1, 3, 1, 16],
+    [128, 32, 1, 1, 1, 16],
+    [64, 64, 1, 3, 1, 8],
+    [256, 64, 1, 1, 1, 8],
+    [32, 32, 1, 3, 2, 32],
+    [64, 64, 16, 3, 1, 32],
+    [64, 64, 16, 3, 2, 32],
+    [128, 128, 16, 3, 1, 16],
+    [64, 64, 64, 3, 1, 32],
+    [64, 64, 64, 3, 2, 32],
+    [64, 64, 64, 5, 1, 16],
+    [3, 16, 1, 3, 1, 32],
 ];
 
 fn kernels(c: &mut Criterion) {
@@ -31,19 +38,25 @@ fn kernels(c: &mut Criterion) {
     let mut group = c.benchmark_group("kernel");
     group.throughput(Throughput::Elements(fma_loop(isa, 10_000).0));
     group.bench_function("peak", |b| b.iter(|| fma_loop(isa, black_box(10_000))));
-    for [input, output, groups, kernel, size] in SHAPES {
+    let cases = SHAPES.into_iter().flat_map(|shape| [(shape, false), (shape, true)]);
+    for ([input, output, groups, kernel, stride, size], has_margin) in cases {
         let pad = kernel / 2;
+        if has_margin && pad == 0 {
+            continue;
+        }
+        let pads = Halo { top: pad, left: pad, bottom: pad, right: pad };
         let spec = ConvSpec {
             batch: 1,
             input,
             output,
             groups,
             image: [size, size],
+            margin: if has_margin { pads } else { Halo::default() },
             kernel: [kernel, kernel],
-            stride: [1, 1],
-            pads: Halo { top: pad, left: pad, bottom: pad, right: pad },
+            stride: [stride, stride],
+            pads,
             halo: Halo::default(),
-            planar: false,
+            planar: input < 4,
             activation: Activation::Clamp { low: 0.0, high: f32::INFINITY },
         };
         let weights = vec![0.01; output * input / groups * kernel * kernel];
@@ -52,10 +65,11 @@ fn kernels(c: &mut Criterion) {
         let x = Aligned::zeros(conv.input_len());
         let mut y = Aligned::zeros(conv.output_len());
         group.throughput(Throughput::Elements(2 * conv.multiplications() as u64));
-        group
-            .bench_function(format!("{kernel}x{kernel} {input}-{output} g{groups} @{size}"), |b| {
-                b.iter(|| conv.run(x.as_slice(), &[], y.as_mut_slice(), &Alone))
-            });
+        let margin = if has_margin { " margin" } else { "" };
+        let name = format!("{kernel}x{kernel}/{stride} {input}-{output} g{groups} @{size}{margin}");
+        group.bench_function(name, |b| {
+            b.iter(|| conv.run(x.as_slice(), &[], y.as_mut_slice(), &Alone))
+        });
     }
     group.finish();
 }

@@ -1,4 +1,4 @@
-//! Latency of one ONNX file on one thread: `cargo bench -p snn-runtime --bench latency -- FILE [RUNS]`.
+//! Latency of one ONNX file: `cargo bench -p snn-runtime --bench latency -- FILE [RUNS [THREADS]]`.
 //!
 //! Prints the median and the smallest time of a run in ms, to be set beside another runtime's in the
 //! same minute: BENCH.md has the script that does.
@@ -34,6 +34,7 @@ fn main() {
         return println!("no model named");
     };
     let runs = arguments.next().and_then(|runs| runs.parse().ok()).unwrap_or(100usize).max(1);
+    let threads = arguments.next().and_then(|threads| threads.parse().ok()).unwrap_or(1);
     let bytes = std::fs::read(path).expect("a file");
     let shard = Shard::from_bytes(bytes.into()).expect("an ONNX model");
     let slot = shard.program().inputs[0];
@@ -41,7 +42,7 @@ fn main() {
     let image: Vec<u8> = (0..shape.iter().product::<usize>())
         .flat_map(|at| ((at * 7919 % 257) as f32 / 128.0 - 1.0).to_le_bytes())
         .collect();
-    let mut executor = TractEngine::new(1).load(shard.program()).expect("a model that loads");
+    let mut executor = TractEngine::new(threads).load(shard.program()).expect("a model that loads");
     let mut times: Vec<f64> = (0..runs + 10)
         .map(|_| {
             let start = Instant::now();

@@ -15,6 +15,7 @@ use super::facts::concrete;
 use super::memory::Results;
 use super::ops::{Compute, Filling, ToBlocks, ToPlanes};
 use super::{Edges, Fusion};
+use crate::kernels::Halo;
 
 /// Where a tensor of the old model is in the new one: planar, blocked or both.
 #[derive(Clone, Copy, Debug, Default)]
@@ -40,6 +41,8 @@ pub(super) struct Builder<'a> {
     pub chains: HashMap<usize, Chain>,
     /// Ops that a chain swallows.
     pub taken: HashSet<usize>,
+    /// Zeros around the outputs of chains.
+    halos: HashMap<OutletId, Halo>,
     new: TypedModel,
     places: HashMap<OutletId, Place>,
 }
@@ -52,10 +55,12 @@ impl<'a> Builder<'a> {
             fusion,
             chains: HashMap::new(),
             taken: HashSet::new(),
+            halos: HashMap::new(),
             new: TypedModel { symbols: model.symbols.clone(), ..TypedModel::default() },
             places: HashMap::new(),
         };
         builder.find_chains(order);
+        builder.find_halos();
         builder
     }
 
@@ -96,6 +101,27 @@ impl<'a> Builder<'a> {
         inputs: &[OutletId],
     ) -> TractResult<OutletId> {
         Ok(self.wire(name, Filling::new(compute, results), inputs)?[0])
+    }
+
+    /// An output that only convolutions read is stored with the zeros that they pad it with.
+    fn find_halos(&mut self) {
+        let pads: HashMap<usize, Halo> =
+            self.chains.values().map(|chain| (chain.conv, chain.pads)).collect();
+        for &last in self.chains.keys() {
+            let outlet = OutletId::new(last, 0);
+            let readers = self.old.node(last).outputs[0].successors.iter();
+            let pads = readers.map(|reader| pads.get(&reader.node).filter(|_| reader.slot == 0));
+            let Some(pads) = pads.collect::<Option<Vec<&Halo>>>() else { continue };
+            if !self.old.outputs.contains(&outlet) {
+                let halo = pads.into_iter().fold(Halo::default(), |halo, pads| halo.max(*pads));
+                self.halos.insert(outlet, halo);
+            }
+        }
+    }
+
+    /// Zeros that a blocked tensor is stored with.
+    pub(super) fn halo(&self, old: OutletId) -> Halo {
+        self.halos.get(&old).copied().unwrap_or_default()
     }
 
     /// Blocked results for a tensor of the planar shape given.

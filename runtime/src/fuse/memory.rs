@@ -1,6 +1,6 @@
 //! Tensors of finished computations, kept for the next ones.
 //!
-//! [`Memory`] has a shelf for each type and shape. [`Results`] is one op's way to it: it takes a tensor
+//! [`Memory`] has a shelf for each type, shape and halo. [`Results`] is one op's way to it: it takes a tensor
 //! that nobody holds, or a new one where there is none, lets the op fill it, and gives it out. A tensor
 //! is free again when its last holder drops it.
 
@@ -11,6 +11,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tract_onnx::prelude::*;
 use tract_onnx::tract_core::internal::*;
 
+use crate::kernels::Halo;
+
 /// Tensors of finished computations, for the next ones: nothing is allocated once every shape has
 /// been met as often as it is needed at once.
 #[derive(Clone, Default)]
@@ -18,16 +20,16 @@ pub(crate) struct Memory {
     shelves: Arc<Mutex<Shelves>>,
 }
 
-/// A shelf for each type and shape.
-type Shelves = HashMap<(DatumType, TVec<usize>), Shelf>;
+/// A shelf for each type, shape and part of it that is always zero.
+type Shelves = HashMap<(DatumType, TVec<usize>, Halo), Shelf>;
 
 /// Tensors of one type and shape. Those that nobody else holds are free.
 type Shelf = Arc<Mutex<Vec<Arc<Tensor>>>>;
 
 impl Memory {
-    fn shelf(&self, datum: DatumType, shape: &[usize]) -> Shelf {
+    fn shelf(&self, datum: DatumType, shape: &[usize], halo: Halo) -> Shelf {
         let mut shelves = self.shelves.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(shelves.entry((datum, shape.into())).or_default())
+        Arc::clone(shelves.entry((datum, shape.into(), halo)).or_default())
     }
 }
 
@@ -41,14 +43,21 @@ pub(super) struct Results {
 
 impl Results {
     pub(super) fn new(memory: &Memory, datum: DatumType, shape: &[usize]) -> Results {
-        Results { datum, shape: shape.into(), shelf: memory.shelf(datum, shape) }
+        let shelf = memory.shelf(datum, shape, Halo::default());
+        Results { datum, shape: shape.into(), shelf }
+    }
+
+    /// Blocked tensors of a shape that includes `halo`: zeros that nobody overwrites.
+    pub(super) fn within(memory: &Memory, halo: Halo, shape: &[usize]) -> Results {
+        let datum = f32::datum_type();
+        Results { datum, shape: shape.into(), shelf: memory.shelf(datum, shape, halo) }
     }
 
     pub(super) fn fact(&self) -> TypedFact {
         self.datum.fact(&*self.shape)
     }
 
-    /// A tensor that `fill` has filled. What it held before is of no meaning.
+    /// A tensor that `fill` has filled. It begins as zeros; later it holds what it held before.
     pub(super) fn filled(
         &self,
         fill: impl FnOnce(&mut Tensor) -> TractResult<()>,

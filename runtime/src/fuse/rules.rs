@@ -17,8 +17,9 @@ use super::builder::{Blocked, Builder, Place};
 use super::chain::Chain;
 use super::facts::{concrete, constant, scalar};
 use super::held::Held;
+use super::memory::Results;
 use super::ops::{Fused, Scale, Sums};
-use crate::kernels::{Conv, ConvSpec, Halo};
+use crate::kernels::{Conv, ConvSpec};
 
 /// Channels up to which a planar input is convolved as it is: an image's colours.
 const FEW_CHANNELS: usize = 4;
@@ -67,24 +68,30 @@ impl Builder<'_> {
         for &addend in &chain.addends {
             inputs.push(self.blocked(addend)?);
         }
+        let last = OutletId::new(chain.last(), 0);
+        let halo = self.halo(last);
         let spec = ConvSpec {
             batch: chain.shape[0],
             input: pools.input_channels,
             output: pools.output_channels,
             groups: held.0.group,
             image: chain.image,
+            margin: self.halo(input),
             kernel: [pools.kernel_shape[0], pools.kernel_shape[1]],
             stride: [pools.stride(0), pools.stride(1)],
             pads: chain.pads,
-            halo: Halo::default(),
+            halo,
             planar,
             activation: chain.activation,
         };
         let conv = Conv::new(spec, self.fusion.isa, &chain.weights, &chain.bias)?;
         let op = Fused { conv: Arc::new(conv), workers: Arc::clone(&self.fusion.workers) };
-        let last = OutletId::new(chain.last(), 0);
+        let mut shape = chain.shape.clone();
+        let stored = halo.around([shape[2], shape[3]]);
+        shape[2..].copy_from_slice(&stored);
+        let results = Results::within(&self.fusion.memory, halo, &self.blocked_shape(&shape));
         let name = &self.old.node(last.node).name;
-        let outlet = self.fill(name, op, self.results(&chain.shape), &inputs)?;
+        let outlet = self.fill(name, op, results, &inputs)?;
         self.blocked_at(last, outlet, pools.output_channels);
         Ok(())
     }

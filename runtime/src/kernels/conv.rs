@@ -2,9 +2,9 @@
 //!
 //! [`Conv::new`] takes a [`ConvSpec`], weights `[out, in / groups, height, width]` and a bias; what it
 //! cannot do it refuses with a [`ConvError`]. [`Conv::run`] takes a planar or blocked input and tensors
-//! to add, and fills a blocked output. An input that needs padding or a stride is first copied to where
-//! taps of neighbouring pixels are neighbours; the copy is a small part of the work, and of nothing
-//! that has neither.
+//! to add, and fills a blocked output. An input stored without the zeros that pad it, or with a stride
+//! that no kernel has, is first copied to where taps of neighbouring pixels are neighbours; an input
+//! with a margin of zeros, such as another convolution's [`ConvSpec::halo`], is read where it stands.
 //!
 //! Output channels go in tiles of one or two blocks, pixels in strips of a row: see [`super::strip`].
 
@@ -32,6 +32,21 @@ impl Halo {
         self == Halo::default()
     }
 
+    /// On each side the larger of two.
+    pub fn max(self, other: Halo) -> Halo {
+        Halo {
+            top: self.top.max(other.top),
+            left: self.left.max(other.left),
+            bottom: self.bottom.max(other.bottom),
+            right: self.right.max(other.right),
+        }
+    }
+
+    /// Whether `other` fits into it.
+    fn covers(self, other: Halo) -> bool {
+        self.max(other) == self
+    }
+
     /// Height and width of an image with its halo.
     pub fn around(self, [height, width]: [usize; 2]) -> [usize; 2] {
         [height + self.top + self.bottom, width + self.left + self.right]
@@ -49,15 +64,17 @@ pub struct ConvSpec {
     pub output: usize,
     /// Groups that do not mix.
     pub groups: usize,
-    /// Height and width of the input as it is stored.
+    /// Height and width of the input, without its margin.
     pub image: [usize; 2],
+    /// Zeros stored around the input, for its padding.
+    pub margin: Halo,
     /// Height and width of the kernel.
     pub kernel: [usize; 2],
     /// Rows and columns from one output pixel to the next.
     pub stride: [usize; 2],
     /// Zeros taken to stand around the input.
     pub pads: Halo,
-    /// Zeros written around the output.
+    /// Zeros that stand around the output: they are left as they are.
     pub halo: Halo,
     /// Whether the input is planar.
     pub planar: bool,
@@ -113,8 +130,12 @@ pub struct Conv {
     shuffles: Vec<i32>,
     /// How the input is copied before anything else, if it is.
     gather: Option<Gather>,
-    /// Elements from one output row to the next, in the gathered input.
+    /// Elements from the first stored one to the first tap of the first pixel.
+    start: usize,
+    /// Elements from one output row to the next, in what kernels read.
     row_step: usize,
+    /// Pixels from one output pixel to the next, in what kernels read.
+    step: usize,
     tiles: Vec<Tile>,
     /// Pieces of an output row.
     pieces: Vec<Piece>,
@@ -155,6 +176,8 @@ struct Gather {
     phases: usize,
     /// Columns of one residue.
     columns: usize,
+    /// By which columns are told apart.
+    stride: usize,
     /// Elements of a pixel.
     pixel: usize,
 }
@@ -200,7 +223,9 @@ impl Conv {
             bias: Aligned::zeros(spec.output.next_multiple_of(lanes)),
             taps: offsets(&spec, gather.as_ref(), lanes),
             shuffles: shuffles(&spec, lanes),
+            start: start(&spec, gather.as_ref(), lanes),
             row_step: row_step(&spec, gather.as_ref(), lanes),
+            step: spec.stride[1] / gather.map_or(1, |gather| gather.stride),
             gather,
             tiles: vec![],
             pieces: vec![],
@@ -217,14 +242,15 @@ impl Conv {
         &self.spec
     }
 
-    /// Elements of the input.
+    /// Elements of the input, its margin included.
     pub fn input_len(&self) -> usize {
         let spec = &self.spec;
         let channels = match spec.planar {
             true => spec.input,
             false => spec.input.next_multiple_of(self.isa.lanes()),
         };
-        spec.batch * channels * spec.image[0] * spec.image[1]
+        let [height, width] = spec.margin.around(spec.image);
+        spec.batch * channels * height * width
     }
 
     /// Elements of a tensor to be added: the output without its halo.
@@ -310,10 +336,11 @@ impl Conv {
 
     fn kernel(&self, depth: usize, pixels: usize) -> Option<Kernel> {
         if !self.is_narrow() {
-            return table::dense(self.isa, depth, pixels, self.spec.planar);
+            return table::dense(self.isa, depth, pixels, self.spec.planar, self.step);
         }
-        let neighbours = self.spec.stride[1] == 1 && self.spec.input != self.spec.groups;
-        table::lanes(self.isa, pixels, if neighbours { self.spec.kernel[1] } else { 0 })
+        let neighbours = self.step == self.spec.stride[1];
+        let row = if neighbours { self.spec.kernel[1] } else { 0 };
+        table::lanes(self.isa, pixels, row, self.step)
     }
 
     /// Weights in the order the kernels read them; those of channels that are not there are zero.
@@ -361,7 +388,8 @@ impl Conv {
     }
 
     /// Computes: `output` becomes the activation of the convolved `input` plus the bias plus
-    /// `addends`, at most two. Every element of `output` is written, its halo with zeros.
+    /// `addends`, at most two. Every element of `output` is written but its halo, which stays as it is:
+    /// memory that is used again needs its zeros written only once.
     ///
     /// # Errors
     /// A tensor of another size than [`Conv::input_len`] and its like say.
@@ -424,6 +452,7 @@ impl Conv {
     fn copy_plane(&self, gather: &Gather, from: &[f32], to: &mut [f32]) {
         let (spec, pixel) = (&self.spec, gather.pixel);
         let [height, width] = spec.image;
+        let stored = spec.margin.around(spec.image)[1];
         let skips_rows = spec.kernel[0] < spec.stride[0];
         for (row, to) in to.chunks_exact_mut(gather.row()).enumerate() {
             if skips_rows && row % spec.stride[0] >= spec.kernel[0] {
@@ -433,8 +462,9 @@ impl Conv {
                 to.fill(0.0);
                 continue;
             };
-            let from = &from[y * width * pixel..][..width * pixel];
-            if spec.stride[1] == 1 {
+            let first = (y + spec.margin.top) * stored + spec.margin.left;
+            let from = &from[first * pixel..][..width * pixel];
+            if gather.stride == 1 {
                 // Padding, row, padding.
                 let left = (spec.pads.left * pixel).min(to.len());
                 let middle = from.len().min(to.len() - left);
@@ -446,7 +476,7 @@ impl Conv {
             for phase in 0..gather.phases {
                 let columns = to[phase * gather.columns * pixel..].chunks_exact_mut(pixel);
                 for (column, to) in columns.take(gather.columns).enumerate() {
-                    let x = (column * spec.stride[1] + phase).checked_sub(spec.pads.left);
+                    let x = (column * gather.stride + phase).checked_sub(spec.pads.left);
                     match x.filter(|&x| x < width) {
                         Some(x) => to.copy_from_slice(&from[x * pixel..][..pixel]),
                         None => to.fill(0.0),
@@ -463,9 +493,6 @@ impl Conv {
         output: &mut [f32],
         workers: &dyn Workers,
     ) {
-        if !self.spec.halo.is_none() {
-            self.clear_halo(output);
-        }
         let target = Shared(output.as_mut_ptr());
         let rows = self.spec.batch * self.tiles.len() * self.extent[0];
         if workers.count() == 1 {
@@ -492,7 +519,7 @@ impl Conv {
         let pixel = if spec.planar { 1 } else { lanes };
         let input_plane = match &self.gather {
             Some(gather) => gather.plane(),
-            None => spec.image[0] * spec.image[1] * pixel,
+            None => spec.margin.around(spec.image).iter().product::<usize>() * pixel,
         };
         let [stored_height, stored_width] = spec.halo.around(self.extent);
         let (output_row, output_plane) =
@@ -504,7 +531,8 @@ impl Conv {
             let (y, at) = (row % height, row / height);
             let (tile, image) = (&self.tiles[at % self.tiles.len()], at / self.tiles.len());
             let block = image * output_blocks + tile.block;
-            let input_at = (image * input_planes + tile.first) * input_plane + y * self.row_step;
+            let input_at =
+                (image * input_planes + tile.first) * input_plane + self.start + y * self.row_step;
             let output_at =
                 block * output_plane + (y + spec.halo.top) * output_row + spec.halo.left * lanes;
             let addend_at = block * addend_plane + y * width * lanes;
@@ -518,7 +546,7 @@ impl Conv {
                     false => from.wrapping_add(piece.first * lanes),
                 };
                 let strip = Strip {
-                    input: input[input_at..].as_ptr().wrapping_add(piece.first * pixel),
+                    input: input[input_at..].as_ptr().wrapping_add(piece.first * self.step * pixel),
                     weights: self.weights.as_slice()[tile.weights..].as_ptr(),
                     bias: self.bias.as_slice()[tile.block * lanes..].as_ptr(),
                     output: output.at(output_at + piece.first * lanes),
@@ -538,21 +566,6 @@ impl Conv {
                 // the last pixel of a row lies in the (gathered) input by the definition of
                 // `extent`, and every output row belongs to one task.
                 unsafe { (piece.kernel)(&strip) };
-            }
-        }
-    }
-
-    fn clear_halo(&self, output: &mut [f32]) {
-        let (halo, lanes) = (self.spec.halo, self.isa.lanes());
-        let [height, width] = halo.around(self.extent);
-        for plane in output.chunks_exact_mut(height * width * lanes) {
-            for (y, row) in plane.chunks_exact_mut(width * lanes).enumerate() {
-                if y < halo.top || y >= height - halo.bottom {
-                    row.fill(0.0);
-                } else {
-                    row[..halo.left * lanes].fill(0.0);
-                    row[(width - halo.right) * lanes..].fill(0.0);
-                }
             }
         }
     }
@@ -596,36 +609,55 @@ fn check(spec: ConvSpec) -> Result<ConvSpec, ConvError> {
 /// A 1×1 convolution that moves nothing sees one long row.
 fn flat(spec: ConvSpec) -> ConvSpec {
     let still = spec.kernel == [1, 1] && spec.stride == [1, 1];
-    match still && spec.pads.is_none() && spec.halo.is_none() {
+    match still && [spec.pads, spec.halo, spec.margin].into_iter().all(Halo::is_none) {
         true => ConvSpec { image: [1, spec.image[0] * spec.image[1]], ..spec },
         false => spec,
     }
 }
 
 fn gather(spec: &ConvSpec, extent: [usize; 2], lanes: usize) -> Option<Gather> {
-    if spec.pads.is_none() && spec.stride[1] == 1 {
+    let widest = if spec.planar { 1 } else { table::WIDEST_STEP };
+    // Kernels take small strides as they are.
+    let stride = if spec.stride[1] <= widest { 1 } else { spec.stride[1] };
+    if spec.margin.covers(spec.pads) && stride == 1 {
         return None;
     }
     Some(Gather {
         rows: (extent[0] - 1) * spec.stride[0] + spec.kernel[0],
-        phases: spec.stride[1].min(spec.kernel[1]),
-        columns: extent[1] + (spec.kernel[1] - 1) / spec.stride[1],
+        phases: stride.min(spec.kernel[1]),
+        columns: ((extent[1] - 1) * spec.stride[1] + spec.kernel[1] - 1) / stride + 1,
+        stride,
         pixel: if spec.planar { 1 } else { lanes },
     })
 }
 
+/// Elements of a row in what kernels read.
+fn row(spec: &ConvSpec, gather: Option<&Gather>, lanes: usize) -> usize {
+    let pixel = if spec.planar { 1 } else { lanes };
+    gather.map_or(spec.margin.around(spec.image)[1] * pixel, Gather::row)
+}
+
+/// Where the first tap of the first pixel is in what kernels read.
+fn start(spec: &ConvSpec, gather: Option<&Gather>, lanes: usize) -> usize {
+    if gather.is_some() {
+        return 0;
+    }
+    let pixel = if spec.planar { 1 } else { lanes };
+    let (margin, pads) = (spec.margin, spec.pads);
+    (margin.top - pads.top) * row(spec, gather, lanes) + (margin.left - pads.left) * pixel
+}
+
 /// Elements from one output row's first pixel to the next one's, in what kernels read.
 fn row_step(spec: &ConvSpec, gather: Option<&Gather>, lanes: usize) -> usize {
-    let pixel = if spec.planar { 1 } else { lanes };
-    spec.stride[0] * gather.map_or(spec.image[1] * pixel, Gather::row)
+    spec.stride[0] * row(spec, gather, lanes)
 }
 
 /// Offset of each tap from a pixel's first, in what kernels read.
 fn offsets(spec: &ConvSpec, gather: Option<&Gather>, lanes: usize) -> Vec<usize> {
     let pixel = if spec.planar { 1 } else { lanes };
-    let row = gather.map_or(spec.image[1] * pixel, Gather::row);
+    let row = row(spec, gather, lanes);
     let columns = gather.map_or(0, |gather| gather.columns);
-    let stride = if gather.is_some() { spec.stride[1] } else { 1 };
+    let stride = gather.map_or(1, |gather| gather.stride);
     let mut taps = Vec::new();
     for y in 0..spec.kernel[0] {
         for x in 0..spec.kernel[1] {

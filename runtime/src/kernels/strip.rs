@@ -4,7 +4,8 @@
 //! computed in tiles of `PX` pixels whose `OB · PX` vectors of sums stay in registers. [`dense`] reads
 //! one input channel at a time and multiplies it with a vector of output channels; [`lanes`] is for
 //! groups narrower than a vector, where an input vector is multiplied with itself shuffled. Both add
-//! what is to be added and apply the activation before the sums are written, once.
+//! what is to be added and apply the activation before the sums are written, once. `STEP` is how many
+//! input pixels lie between those of neighbouring output pixels.
 
 #![allow(clippy::needless_range_loop, reason = "register arrays are indexed together")]
 
@@ -52,10 +53,16 @@ pub(crate) type Kernel = unsafe fn(&Strip<'_>);
 /// # Safety
 /// The machine has `L`'s instructions; every address that the strip's steps lead to is valid.
 #[inline(always)]
-pub(crate) unsafe fn dense<L: Lanes, const OB: usize, const PX: usize, const PLANAR: bool>(
+pub(crate) unsafe fn dense<
+    L: Lanes,
+    const OB: usize,
+    const PX: usize,
+    const PLANAR: bool,
+    const STEP: usize,
+>(
     strip: &Strip<'_>,
 ) {
-    let pixel = if PLANAR { 1 } else { L::WIDTH };
+    let pixel = STEP * if PLANAR { 1 } else { L::WIDTH };
     let channel = if PLANAR { strip.input_step } else { 1 };
     for tile in 0..strip.tiles {
         let first = tile * PX;
@@ -92,62 +99,115 @@ pub(crate) unsafe fn dense<L: Lanes, const OB: usize, const PX: usize, const PLA
 /// Groups of as many output as input channels that divide a vector; one, where it is depthwise.
 ///
 /// # Safety
-/// As for [`dense`]; the input is blocked.
+/// As for [`dense`]; the input is blocked. `KW` is 0, or the length of a row of taps at neighbouring
+/// pixels.
 #[inline(always)]
-pub(crate) unsafe fn lanes<L: Lanes, const PX: usize, const KW: usize>(strip: &Strip<'_>) {
+pub(crate) unsafe fn lanes<L: Lanes, const PX: usize, const KW: usize, const STEP: usize>(
+    strip: &Strip<'_>,
+) {
     let channels = strip.shuffles.len() / L::WIDTH;
     for tile in 0..strip.tiles {
         let first = tile * PX;
         // SAFETY: the caller's promise.
         unsafe {
             let mut sums = start::<L, 1, PX>(strip);
-            let mut weights = strip.weights;
-            let input = strip.input.add(first * L::WIDTH);
-            if KW == 0 {
-                for &tap in strip.taps {
-                    let from = input.add(tap);
-                    if channels == 1 {
-                        let w = L::load(weights);
-                        for p in 0..PX {
-                            let x = L::load(from.add(p * L::WIDTH));
-                            sums[0][p] = L::fma(x, w, sums[0][p]);
-                        }
-                        weights = weights.add(L::WIDTH);
-                        continue;
-                    }
-                    for i in 0..channels {
-                        let shuffle = strip.shuffles.as_ptr().add(i * L::WIDTH);
-                        let w = L::load(weights);
-                        for p in 0..PX {
-                            let x = L::permute(L::load(from.add(p * L::WIDTH)), shuffle);
-                            sums[0][p] = L::fma(x, w, sums[0][p]);
-                        }
-                        weights = weights.add(L::WIDTH);
-                    }
+            let input = strip.input.add(first * STEP * L::WIDTH);
+            match (KW, channels) {
+                (0, 1) => apart::<L, PX, STEP, true>(strip, input, &mut sums[0]),
+                (0, _) => apart::<L, PX, STEP, false>(strip, input, &mut sums[0]),
+                (_, 1) => neighbours::<L, PX, KW, STEP, true>(strip, input, &mut sums[0]),
+                (_, _) => neighbours::<L, PX, KW, STEP, false>(strip, input, &mut sums[0]),
+            }
+            finish::<L, 1, PX>(strip, first, sums);
+        }
+    }
+}
+
+/// A vector of the input, shuffled for channel `i` of each group where there is more than one.
+#[inline(always)]
+unsafe fn shuffled<L: Lanes, const DEPTHWISE: bool>(
+    strip: &Strip<'_>,
+    from: *const f32,
+    i: usize,
+) -> L::V {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match DEPTHWISE {
+            true => L::load(from),
+            false => L::permute(L::load(from), strip.shuffles.as_ptr().add(i * L::WIDTH)),
+        }
+    }
+}
+
+/// Each tap by itself.
+#[inline(always)]
+unsafe fn apart<L: Lanes, const PX: usize, const STEP: usize, const DEPTHWISE: bool>(
+    strip: &Strip<'_>,
+    input: *const f32,
+    sums: &mut [L::V; PX],
+) {
+    let channels = if DEPTHWISE { 1 } else { strip.shuffles.len() / L::WIDTH };
+    let mut weights = strip.weights;
+    // SAFETY: the caller's promise.
+    unsafe {
+        for &tap in strip.taps {
+            let from = input.add(tap);
+            for i in 0..channels {
+                let w = L::load(weights);
+                for p in 0..PX {
+                    let x = shuffled::<L, DEPTHWISE>(strip, from.add(p * STEP * L::WIDTH), i);
+                    sums[p] = L::fma(x, w, sums[p]);
                 }
-            } else {
-                // A row of neighbouring taps: a shuffled vector serves KW pixels.
-                for taps in strip.taps.chunks_exact(KW.max(1)) {
-                    let from = input.add(taps[0]);
-                    for i in 0..channels {
-                        let shuffle = strip.shuffles.as_ptr().add(i * L::WIDTH);
-                        let mut vectors = [L::splat(0.0); KW];
-                        for k in 0..KW {
-                            vectors[k] = L::load(weights.add((k * channels + i) * L::WIDTH));
+                weights = weights.add(L::WIDTH);
+            }
+        }
+    }
+}
+
+/// A row of neighbouring taps at a time: a vector, once shuffled, serves `KW` pixels.
+#[inline(always)]
+unsafe fn neighbours<
+    L: Lanes,
+    const PX: usize,
+    const KW: usize,
+    const STEP: usize,
+    const DEPTHWISE: bool,
+>(
+    strip: &Strip<'_>,
+    input: *const f32,
+    sums: &mut [L::V; PX],
+) {
+    let channels = if DEPTHWISE { 1 } else { strip.shuffles.len() / L::WIDTH };
+    let mut weights = strip.weights;
+    // SAFETY: the caller's promise.
+    unsafe {
+        for taps in strip.taps.chunks_exact(KW.max(1)) {
+            let from = input.add(taps[0]);
+            for i in 0..channels {
+                let mut vectors = [L::splat(0.0); KW];
+                for k in 0..KW {
+                    vectors[k] = L::load(weights.add((k * channels + i) * L::WIDTH));
+                }
+                // Each vector of the input once: it lies under tap `k` of pixel `p` where
+                // `p · STEP + k` is its column.
+                for ahead in 0..PX + (KW - 1) / STEP {
+                    for side in 0..STEP {
+                        let x = ahead * STEP + side;
+                        if x >= (PX - 1) * STEP + KW {
+                            continue;
                         }
-                        for x in 0..PX + KW - 1 {
-                            let v = L::permute(L::load(from.add(x * L::WIDTH)), shuffle);
-                            for k in 0..KW {
-                                if x >= k && x - k < PX {
-                                    sums[0][x - k] = L::fma(v, vectors[k], sums[0][x - k]);
-                                }
+                        let v = shuffled::<L, DEPTHWISE>(strip, from.add(x * L::WIDTH), i);
+                        for back in 0..(KW - 1) / STEP + 1 {
+                            let k = back * STEP + side;
+                            if k < KW && ahead >= back && ahead - back < PX {
+                                let p = ahead - back;
+                                sums[p] = L::fma(v, vectors[k], sums[p]);
                             }
                         }
                     }
-                    weights = weights.add(KW * channels * L::WIDTH);
                 }
             }
-            finish::<L, 1, PX>(strip, first, sums);
+            weights = weights.add(KW * channels * L::WIDTH);
         }
     }
 }

@@ -35,15 +35,22 @@ pub(crate) fn widest(isa: Isa, blocks: usize) -> usize {
 macro_rules! compiled {
     ($dense:ident, $lanes:ident, $isa:ty $(, $feature:literal)*) => {
         $(#[target_feature(enable = $feature)])*
-        unsafe fn $dense<const OB: usize, const PX: usize, const PLANAR: bool>(strip: &Strip<'_>) {
+        unsafe fn $dense<
+            const OB: usize,
+            const PX: usize,
+            const PLANAR: bool,
+            const STEP: usize,
+        >(
+            strip: &Strip<'_>,
+        ) {
             // SAFETY: the caller's promise.
-            unsafe { strip::dense::<$isa, OB, PX, PLANAR>(strip) }
+            unsafe { strip::dense::<$isa, OB, PX, PLANAR, STEP>(strip) }
         }
 
         $(#[target_feature(enable = $feature)])*
-        unsafe fn $lanes<const PX: usize, const KW: usize>(strip: &Strip<'_>) {
+        unsafe fn $lanes<const PX: usize, const KW: usize, const STEP: usize>(strip: &Strip<'_>) {
             // SAFETY: the caller's promise.
-            unsafe { strip::lanes::<$isa, PX, KW>(strip) }
+            unsafe { strip::lanes::<$isa, PX, KW, STEP>(strip) }
         }
     };
 }
@@ -57,9 +64,9 @@ compiled!(dense_avx512, lanes_avx512, Avx512, "avx512f");
 compiled!(dense_neon, lanes_neon, Neon, "neon");
 
 macro_rules! dense_of_width {
-    ($function:ident, $ob:literal, $px:expr, $planar:literal, $($width:literal)*) => {
+    ($function:ident, $ob:literal, $px:expr, $planar:literal, $step:literal, $($width:literal)*) => {
         match $px {
-            $($width => Some($function::<$ob, $width, $planar> as Kernel),)*
+            $($width => Some($function::<$ob, $width, $planar, $step> as Kernel),)*
             _ => None,
         }
     };
@@ -67,30 +74,37 @@ macro_rules! dense_of_width {
 
 /// The instance of `$function` for a tile; `$one` and `$two` are the widths that there are.
 macro_rules! choose_dense {
-    ($function:ident, $ob:expr, $px:expr, $planar:expr, [$($one:literal)*], [$($two:literal)*]) => {
-        match ($ob, $planar) {
-            (1, false) => dense_of_width!($function, 1, $px, false, $($one)*),
-            (1, true) => dense_of_width!($function, 1, $px, true, $($one)*),
-            (2, false) => dense_of_width!($function, 2, $px, false, $($two)*),
-            (2, true) => dense_of_width!($function, 2, $px, true, $($two)*),
+    ($function:ident, $ob:expr, $px:expr, $planar:expr, $step:expr,
+     [$($one:literal)*], [$($two:literal)*]) => {
+        match ($ob, $planar, $step) {
+            (1, false, 1) => dense_of_width!($function, 1, $px, false, 1, $($one)*),
+            (1, false, 2) => dense_of_width!($function, 1, $px, false, 2, $($one)*),
+            (1, true, 1) => dense_of_width!($function, 1, $px, true, 1, $($one)*),
+            (2, false, 1) => dense_of_width!($function, 2, $px, false, 1, $($two)*),
+            (2, false, 2) => dense_of_width!($function, 2, $px, false, 2, $($two)*),
+            (2, true, 1) => dense_of_width!($function, 2, $px, true, 1, $($two)*),
             _ => None,
         }
     };
 }
 
-/// A dense kernel of `ob` blocks and `px` pixels, at most [`widest`].
-pub(crate) fn dense(isa: Isa, ob: usize, px: usize, planar: bool) -> Option<Kernel> {
+/// Largest distance of pixels that there are kernels for.
+pub(crate) const WIDEST_STEP: usize = 2;
+
+/// A dense kernel of `ob` blocks and `px` pixels, at most [`widest`]; `step` pixels of the input lie
+/// between those of neighbouring ones: at most [`WIDEST_STEP`], and 1 where the input is planar.
+pub(crate) fn dense(isa: Isa, ob: usize, px: usize, planar: bool, step: usize) -> Option<Kernel> {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => choose_dense!(dense_avx512, ob, px, planar,
+        Isa::Avx512 => choose_dense!(dense_avx512, ob, px, planar, step,
             [1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16], [1 2 3 4 5 6 7 8 9 10 11 12 13 14]),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => choose_dense!(dense_avx2, ob, px, planar,
+        Isa::Avx2 => choose_dense!(dense_avx2, ob, px, planar, step,
             [1 2 3 4 5 6 7 8 9 10 11 12], [1 2 3 4 5 6]),
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => choose_dense!(dense_neon, ob, px, planar,
+        Isa::Neon => choose_dense!(dense_neon, ob, px, planar, step,
             [1 2 3 4 5 6 7 8 9 10 11 12], [1 2 3 4 5 6]),
-        _ => choose_dense!(dense_plain, ob, px, planar, [1 2 3 4 5 6], [1 2 3]),
+        _ => choose_dense!(dense_plain, ob, px, planar, step, [1 2 3 4 5 6], [1 2 3]),
     }
 }
 
@@ -104,35 +118,40 @@ pub(crate) fn widest_lanes(isa: Isa) -> usize {
 }
 
 macro_rules! lanes_of_width {
-    ($function:ident, $px:expr, $kw:literal, $($width:literal)*) => {
+    ($function:ident, $px:expr, $kw:literal, $step:literal, $($width:literal)*) => {
         match $px {
-            $($width => Some($function::<$width, $kw> as Kernel),)*
+            $($width => Some($function::<$width, $kw, $step> as Kernel),)*
             _ => None,
         }
     };
 }
 
 macro_rules! choose_lanes {
-    ($function:ident, $px:expr, $kw:expr, $($width:literal)*) => {
-        match $kw {
-            3 => lanes_of_width!($function, $px, 3, $($width)*),
-            _ => lanes_of_width!($function, $px, 0, $($width)*),
+    ($function:ident, $px:expr, $row:expr, $step:expr, $($width:literal)*) => {
+        match ($row, $step) {
+            (3, 1) => lanes_of_width!($function, $px, 3, 1, $($width)*),
+            (5, 1) => lanes_of_width!($function, $px, 5, 1, $($width)*),
+            (3, 2) => lanes_of_width!($function, $px, 3, 2, $($width)*),
+            (5, 2) => lanes_of_width!($function, $px, 5, 2, $($width)*),
+            (_, 1) => lanes_of_width!($function, $px, 0, 1, $($width)*),
+            (_, 2) => lanes_of_width!($function, $px, 0, 2, $($width)*),
+            _ => None,
         }
     };
 }
 
 /// A kernel for narrow groups, of `px` pixels, at most [`widest_lanes`]; `row` is the length of a row
-/// of taps whose pixels are neighbours.
-pub(crate) fn lanes(isa: Isa, px: usize, row: usize) -> Option<Kernel> {
+/// of taps whose pixels are neighbours, `step` as for [`dense`].
+pub(crate) fn lanes(isa: Isa, px: usize, row: usize, step: usize) -> Option<Kernel> {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => choose_lanes!(lanes_avx512, px, row,
+        Isa::Avx512 => choose_lanes!(lanes_avx512, px, row, step,
             1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => choose_lanes!(lanes_avx2, px, row, 1 2 3 4 5 6 7 8),
+        Isa::Avx2 => choose_lanes!(lanes_avx2, px, row, step, 1 2 3 4 5 6 7 8),
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => choose_lanes!(lanes_neon, px, row, 1 2 3 4 5 6 7 8),
-        _ => choose_lanes!(lanes_plain, px, row, 1 2 3 4),
+        Isa::Neon => choose_lanes!(lanes_neon, px, row, step, 1 2 3 4 5 6 7 8),
+        _ => choose_lanes!(lanes_plain, px, row, step, 1 2 3 4),
     }
 }
 

@@ -89,11 +89,24 @@ fn blocks(planar: &[f32], channels: usize, pixels: usize, lanes: usize) -> Align
     to
 }
 
+/// Planar images with zeros around them.
+fn surrounded(images: &[f32], image: [usize; 2], margin: Halo) -> Vec<f32> {
+    let [height, width] = margin.around(image);
+    let planes = images.len() / (image[0] * image[1]);
+    let mut stored = vec![0.0; planes * height * width];
+    for (plane, images) in images.chunks_exact(image[0] * image[1]).enumerate() {
+        for (y, row) in images.chunks_exact(image[1]).enumerate() {
+            let at = (plane * height + y + margin.top) * width + margin.left;
+            stored[at..at + row.len()].copy_from_slice(row);
+        }
+    }
+    stored
+}
+
 /// Runs `spec` on `isa`; the result planar, after a look at its halo.
 fn run(spec: ConvSpec, isa: Isa, workers: &dyn Workers, addends: usize) -> (Vec<f32>, Vec<f32>) {
     let [height, width] = spec.extent().unwrap();
-    let pixels = spec.image[0] * spec.image[1];
-    let x = numbers(1, spec.batch * spec.input * pixels);
+    let x = numbers(1, spec.batch * spec.input * spec.image[0] * spec.image[1]);
     let taps = spec.kernel[0] * spec.kernel[1];
     let weights = numbers(2, spec.output * spec.input / spec.groups * taps);
     let bias = numbers(3, spec.output);
@@ -103,9 +116,11 @@ fn run(spec: ConvSpec, isa: Isa, workers: &dyn Workers, addends: usize) -> (Vec<
 
     let lanes = isa.lanes();
     let conv = Conv::new(spec, isa, &weights, &bias).unwrap();
+    let x = surrounded(&x, spec.image, spec.margin);
     let mut input = Aligned::zeros(x.len());
     input.as_mut_slice().copy_from_slice(&x);
     if !spec.planar {
+        let pixels = spec.margin.around(spec.image).iter().product();
         input = blocks(&x, spec.input, pixels, lanes);
         // Lanes beyond the last channel are never read.
         for (at, x) in input.as_mut_slice().iter_mut().enumerate() {
@@ -119,7 +134,7 @@ fn run(spec: ConvSpec, isa: Isa, workers: &dyn Workers, addends: usize) -> (Vec<
         added.iter().map(|added| blocks(added, spec.output, height * width, lanes)).collect();
     let added: Vec<&[f32]> = added.iter().map(Aligned::as_slice).collect();
     let mut output = Aligned::zeros(conv.output_len());
-    output.as_mut_slice().fill(f32::NAN);
+    output.as_mut_slice().fill(7.0);
     conv.run(input.as_slice(), &added, output.as_mut_slice(), workers).unwrap();
 
     let [tall, wide] = spec.halo.around([height, width]);
@@ -134,7 +149,7 @@ fn run(spec: ConvSpec, isa: Isa, workers: &dyn Workers, addends: usize) -> (Vec<
         if inside {
             found.push(x);
         } else {
-            assert_eq!(x, 0.0, "halo at row {row}, column {column}");
+            assert_eq!(x, 7.0, "halo at row {row}, column {column}");
         }
     }
     (found, expected)
@@ -192,16 +207,17 @@ fn spec() -> impl Strategy<Value = ConvSpec> {
     let image = [1..20usize, 1..40usize];
     let kernel = [1..6usize, 1..6usize];
     let shape = (channels(), image, kernel, [1..4usize, 1..4usize], halo(3));
-    let rest = (1..3usize, halo(2), any::<bool>(), activation());
+    let rest = (1..3usize, [halo(2), halo(3)], any::<bool>(), activation());
     (shape, rest).prop_filter_map("smaller than its kernel", |(shape, rest)| {
         let ((input, output, groups), image, kernel, stride, pads) = shape;
-        let (batch, halo, planar, activation) = rest;
+        let (batch, [halo, margin], planar, activation) = rest;
         let spec = ConvSpec {
             batch,
             input,
             output,
             groups,
             image,
+            margin,
             kernel,
             stride,
             pads,
@@ -260,16 +276,23 @@ proptest! {
 #[test]
 fn every_tile_of_every_width() {
     for width in 1..40 {
-        for (channels, groups) in [(16, 1), (40, 1), (32, 8), (16, 16)] {
+        let strides = [1, 2].into_iter();
+        let shapes = [(16, 1), (40, 1), (32, 8), (16, 16)].into_iter();
+        for ((channels, groups), stride) in
+            shapes.flat_map(|shape| strides.clone().map(move |stride| (shape, stride)))
+        {
+            let one = Halo { top: 1, left: 1, bottom: 1, right: 1 };
+            let margin = if width % 2 == 0 { one } else { Halo::default() };
             let spec = ConvSpec {
                 batch: 1,
                 input: channels,
                 output: channels,
                 groups,
                 image: [2, width],
+                margin,
                 kernel: [3, 3],
-                stride: [1, 1],
-                pads: Halo { top: 1, left: 1, bottom: 1, right: 1 },
+                stride: [1, stride],
+                pads: one,
                 halo: Halo::default(),
                 planar: false,
                 activation: Activation::None,
@@ -297,6 +320,7 @@ fn what_makes_no_convolution_is_refused() {
         output: 4,
         groups: 2,
         image: [4, 4],
+        margin: Halo::default(),
         kernel: [3, 3],
         stride: [1, 1],
         pads: Halo::default(),
