@@ -19,7 +19,7 @@ use crate::error::TrainError;
 use crate::judge::judge;
 use crate::net::{Network, Stats};
 use crate::progress::{Progress, Report, Stage};
-use crate::search::best;
+use crate::search::{best, price};
 use crate::seed::{Rng, rng};
 
 /// Policies that evolution keeps: the youngest so many.
@@ -260,7 +260,8 @@ fn try_one(
             order.sort_unstable();
             order.shuffle(&mut drawn);
             let batch = &order[..config.train.batch.min(order.len())];
-            step.push(judge(network, &policy, images, batch, Stats::Batch)?.accuracy());
+            let accuracy = judge(network, &policy, images, batch, Stats::Batch)?.accuracy();
+            step.push(accuracy - price(config, &policy));
         }
         rewards.push(step.iter().sum::<f64>() / step.len().max(1) as f64);
         sampler.learn(&step);
@@ -268,8 +269,7 @@ fn try_one(
     let mut own = SamplerRng(rng(config.seed, name.name(), search.steps));
     let candidates = sampler.propose(search.samples, &mut own)?;
     let mut sum = 0.0;
-    let judged = (images, config.judged_images(images.len()));
-    let choice = best(network, &candidates, judged, |_, accuracy| sum += accuracy)?;
+    let choice = best(config, network, &candidates, images, |_, accuracy| sum += accuracy)?;
     let (policy, best) = match choice {
         Some(choice) => (choice.policy, choice.validation.accuracy()),
         None => (config.silent(), 0.0),

@@ -100,17 +100,39 @@ impl Default for DataConfig {
     }
 }
 
-/// The network of section 3.1: a separable ResNeXt.
+/// How the 3×3 convolution of a block is divided.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// Into C paths.
+    #[default]
+    ResNeXt,
+    /// Into the G groups and no further: the bottleneck ResNet.
+    ResNet,
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Family::ResNeXt => "ResNeXt",
+            Family::ResNet => "ResNet",
+        })
+    }
+}
+
+/// The network of section 3.1: a separable ResNeXt, or a separable ResNet.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct NetConfig {
+    /// How a block's 3×3 convolution is divided.
+    pub family: Family,
     /// Number of layers, 9n + 2 for n blocks a stage: 20, 29, 38, … 56, … 110.
     pub depth: usize,
     /// G, the independent groups. With 1 it is the ordinary ResNeXt, and nothing is exchanged.
     pub groups: usize,
-    /// C, the paths of a block, over all groups. G divides it.
+    /// C, the paths of a block, over all groups. G divides it. A ResNet has one.
     pub cardinality: usize,
-    /// d, the channels of a path in the first stage; doubled with every stage.
+    /// d, the channels of a path in the first stage; doubled with every stage. G divides a ResNet's.
     pub path_width: usize,
     /// Channels of one group's block output in the first stage; doubled with every stage.
     pub trunk_width: usize,
@@ -125,6 +147,7 @@ pub struct NetConfig {
 impl Default for NetConfig {
     fn default() -> NetConfig {
         NetConfig {
+            family: Family::ResNeXt,
             depth: 56,          // Table 1
             groups: 4,          // four devices, as in all of section 4
             cardinality: 8,     // Table 1: 8×16d
@@ -137,31 +160,56 @@ impl Default for NetConfig {
     }
 }
 
-/// Networks with a name: depth, cardinality, path width (Table 1, and section 4.3).
-const PRESETS: [(&str, usize, usize, usize); 4] = [
+/// ResNeXts with a name: depth, cardinality, path width (Table 1, and section 4.3).
+const RESNEXTS: [(&str, usize, usize, usize); 4] = [
     ("resnext-56-4x16d", 56, 4, 16),
     ("resnext-56-8x16d", 56, 8, 16),
     ("resnext-56-64x4d", 56, 64, 4),
     ("resnext-110-8x16d", 110, 8, 16),
 ];
+/// ResNets with a name, and their depth: bottlenecks of 16, 32 and 64 channels, as He et al. have
+/// them on CIFAR ("Identity mappings in deep residual networks", 2016: -110 and -164).
+const RESNETS: [(&str, usize); 3] = [("resnet-56", 56), ("resnet-110", 110), ("resnet-164", 164)];
+/// Width of their bottleneck in the first stage.
+const RESNET_WIDTH: usize = 16;
 
 impl NetConfig {
-    /// The paper's network of this name, for `classes` classes; `sep-` in front makes four groups of it.
+    /// The network of this name, for `classes` classes; `sep-` in front makes four groups of it.
     pub fn preset(name: &str, classes: usize) -> Option<NetConfig> {
         let (groups, plain) = match name.strip_prefix("sep-") {
             Some(plain) => (4, plain),
             None => (1, name),
         };
-        let find = |preset: &&(&str, usize, usize, usize)| preset.0 == plain;
-        let &(_, depth, cardinality, path_width) = PRESETS.iter().find(find)?;
-        Some(NetConfig { depth, groups, cardinality, path_width, classes, ..NetConfig::default() })
+        let net = NetConfig { groups, classes, ..NetConfig::default() };
+        if let Some(&(_, depth)) = RESNETS.iter().find(|preset| preset.0 == plain) {
+            let (family, cardinality, path_width) = (Family::ResNet, 1, RESNET_WIDTH);
+            return Some(NetConfig { family, depth, cardinality, path_width, ..net });
+        }
+        let &(_, depth, cardinality, path_width) =
+            RESNEXTS.iter().find(|preset| preset.0 == plain)?;
+        Some(NetConfig { depth, cardinality, path_width, ..net })
     }
 
     /// Names that [`NetConfig::preset`] knows.
     pub fn presets() -> impl Iterator<Item = String> {
-        let prefixes = ["", "sep-"].into_iter();
-        prefixes
-            .flat_map(|prefix| PRESETS.iter().map(move |preset| format!("{prefix}{}", preset.0)))
+        let plain = || RESNEXTS.iter().map(|preset| preset.0).chain(RESNETS.map(|preset| preset.0));
+        ["", "sep-"]
+            .into_iter()
+            .flat_map(move |prefix| plain().map(move |name| format!("{prefix}{name}")))
+    }
+
+    /// What it is called: `Sep-ResNeXt-20`.
+    pub fn title(&self) -> String {
+        let separable = if self.groups > 1 { "Sep-" } else { "" };
+        format!("{separable}{}-{}", self.family, self.depth)
+    }
+
+    /// Groups of a block's 3×3 convolution.
+    pub fn paths(&self) -> usize {
+        match self.family {
+            Family::ResNeXt => self.cardinality,
+            Family::ResNet => self.groups,
+        }
     }
 
     /// n, the blocks of a stage.
@@ -181,7 +229,7 @@ impl NetConfig {
         [self.trunk_width << stage, halve(self.input[1]), halve(self.input[2])]
     }
 
-    fn check(&self) -> Result<(), ConfigError> {
+    pub(crate) fn check(&self) -> Result<(), ConfigError> {
         let at_least_one = [
             ("net.cardinality", self.cardinality),
             ("net.path_width", self.path_width),
@@ -197,11 +245,16 @@ impl NetConfig {
             return Err(ConfigError::Depth { found: self.depth });
         }
         within("net.groups", self.groups as f64, 1.0, MAX_GROUPS as f64, "1 to 8")?;
-        if !self.cardinality.is_multiple_of(self.groups) {
-            let NetConfig { cardinality, groups, .. } = *self;
-            return Err(ConfigError::Cardinality { cardinality, groups });
+        let NetConfig { cardinality, path_width, groups, .. } = *self;
+        match self.family {
+            Family::ResNet if cardinality != 1 || !path_width.is_multiple_of(groups) => {
+                Err(ConfigError::ResNet { cardinality, path_width, groups })
+            }
+            Family::ResNeXt if !cardinality.is_multiple_of(groups) => {
+                Err(ConfigError::Cardinality { cardinality, groups })
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -344,6 +397,9 @@ pub struct SearchConfig {
     pub entropy: f64,
     /// How slowly the baseline follows the rewards: b ← decay · b + (1 − decay) · reward.
     pub baseline_decay: f64,
+    /// What a policy's wire bytes take from its reward: this many times the part of a ring
+    /// all-reduce that really crosses. 0.1 takes a point of accuracy for a tenth of the ring.
+    pub lambda_wire: f64,
     /// Policies sampled in stage 3.
     pub samples: usize,
     /// Validation images each of them is judged on, the same ones for all; 0 means all there are.
@@ -361,6 +417,7 @@ impl Default for SearchConfig {
             entropy: 1e-4,        // unstated; ENAS
             baseline_decay: 0.99, // unstated; ENAS
             samples: 100,         // section 4.2
+            lambda_wire: 0.0,     // the paper rewards accuracy alone
             judged_images: 0,     // unstated; all of them leave the least to chance
         }
     }
@@ -546,6 +603,7 @@ impl Config {
         within("search.lr", self.search.lr, f64::MIN_POSITIVE, 100.0, "above 0")?;
         within("search.entropy", self.search.entropy, 0.0, 100.0, "0 to 100")?;
         within("search.baseline_decay", self.search.baseline_decay, 0.0, 1.0, "0 to 1")?;
+        within("search.lambda_wire", self.search.lambda_wire, 0.0, 1e6, "0 to 1000000")?;
         within("search.samples", self.search.samples as f64, 1.0, many, "at least 1")?;
         within("finetune.lr", self.finetune.lr, f64::MIN_POSITIVE, 100.0, "above 0")
     }
@@ -615,6 +673,18 @@ pub enum ConfigError {
     Cardinality {
         /// C.
         cardinality: usize,
+        /// G.
+        groups: usize,
+    },
+    /// A ResNet's bottleneck cannot be dealt out evenly.
+    #[error(
+        "net.family: a resnet has cardinality 1, found {cardinality}, and a path_width that divides into {groups} groups, found {path_width}"
+    )]
+    ResNet {
+        /// C.
+        cardinality: usize,
+        /// d.
+        path_width: usize,
         /// G.
         groups: usize,
     },
@@ -696,6 +766,13 @@ mod tests {
         config = Config::digits();
         config.net.cardinality = 6;
         assert_eq!(config.check(), Err(ConfigError::Cardinality { cardinality: 6, groups: 4 }));
+        config = Config::digits();
+        config.net.family = Family::ResNet;
+        let resnet = config.check().unwrap_err().to_string();
+        assert!(resnet.contains("cardinality 1, found 4"), "{resnet}");
+        (config.net.cardinality, config.net.path_width) = (1, 16);
+        assert_eq!(config.check(), Ok(()));
+        assert_eq!(config.net.title(), "Sep-ResNet-20");
         config = Config::digits();
         config.train.augment.autoaugment = true;
         assert_eq!(config.check(), Err(ConfigError::Colours { channels: 1 }));

@@ -2,6 +2,8 @@
 //!
 //! [`write_onnx`] takes a trained network and gives the bytes of a plain ONNX model: the separable
 //! network without any exchange, batch 1, its normalisation and class names in the metadata.
+//! [`write_exchanging`] writes the same with a policy's exchanges as ordinary ops, so that any
+//! engine can run what training simulated.
 //! [`read_network`] takes such a file and gives the network again, to the bit: exported weights are
 //! named by their place in the network.
 
@@ -12,13 +14,15 @@ use burn::tensor::{Tensor, TensorData};
 use burn_onnx::export::OnnxExporter;
 use bytes::Bytes;
 use snn_schemas::metadata::CLASSES;
-use snn_schemas::onnx::{self, GraphProto, TensorProto};
+use snn_schemas::onnx::tensor_proto::DataType;
+use snn_schemas::onnx::{self, GraphProto, NodeProto, TensorProto};
+use snn_schemas::{Dtype, Policy};
 
 use crate::config::Config;
 use crate::data::Data;
 use crate::error::TrainError;
 use crate::judge::host;
-use crate::net::Network;
+use crate::net::{Network, Stats};
 
 /// Name of the exported model's input.
 const INPUT: &str = "image";
@@ -30,11 +34,68 @@ const OUTPUT: &str = "logits";
 /// # Errors
 /// The exporter meets an operation it does not know.
 pub fn write_onnx(network: &Network, data: &Data) -> Result<Vec<u8>, TrainError> {
+    write(network, data, Network::forward)
+}
+
+/// The same with the exchanges of `policy` in it: a channel gather, a cast, a mask, an addition a step.
+///
+/// # Errors
+/// As [`write_onnx`].
+///
+/// # Panics
+/// If the policy is for another number of groups or more steps than the trunk has.
+pub fn write_exchanging(
+    network: &Network,
+    policy: &Policy,
+    data: &Data,
+) -> Result<Vec<u8>, TrainError> {
+    // The exporter knows no casts between floats: they are put in where features travel.
+    let exact = Policy { dtype: Dtype::F32, ..policy.clone() };
+    let bytes = write(network, data, |network, images| {
+        network.forward_with(images, &exact, Stats::Stored)
+    })?;
+    let mut model = onnx::decode(Bytes::from(bytes))?;
+    match (&mut model.graph, policy.dtype) {
+        (Some(graph), Dtype::F16) => round(graph),
+        _ => {}
+    }
+    Ok(onnx::encode(&model))
+}
+
+/// Rounds to f16 what each exchange gathers; nothing else in these networks is gathered.
+fn round(graph: &mut GraphProto) {
+    let mut nodes = Vec::with_capacity(graph.node.len());
+    for mut node in std::mem::take(&mut graph.node) {
+        let gathers = node.op_type() == "Gather";
+        let Some(output) = node.output.first_mut().filter(|_| gathers) else {
+            nodes.push(node);
+            continue;
+        };
+        let name = output.clone();
+        let [exact, half] = ["exact", "f16"].map(|kind| format!("{name}/{kind}"));
+        output.clone_from(&exact);
+        node.name = Some(exact.clone());
+        let cast = |from: &str, to: &str, kind: DataType| {
+            let attribute = vec![onnx::attr_int("to", kind as i64)];
+            NodeProto { attribute, ..NodeProto::new("Cast", to, &[from], &[to]) }
+        };
+        nodes.push(node);
+        nodes.push(cast(&exact, &half, DataType::Float16));
+        nodes.push(cast(&half, &name, DataType::Float));
+    }
+    graph.node = nodes;
+}
+
+fn write(
+    network: &Network,
+    data: &Data,
+    forward: impl FnOnce(&Network, Tensor<4>) -> Tensor<2>,
+) -> Result<Vec<u8>, TrainError> {
     let device = host();
     let network = network.inference().to_device(&device);
     let [channels, height, width] = data.test.shape();
     let sample = Tensor::<4>::zeros([1, channels, height, width], &device);
-    let exported = OnnxExporter::new().export(&network, sample, Network::forward)?;
+    let exported = OnnxExporter::new().export(&network, sample, forward)?;
     let mut model = onnx::decode(Bytes::from(exported.into_bytes()))?;
     if let Some(graph) = &mut model.graph {
         rename(graph);

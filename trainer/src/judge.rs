@@ -33,11 +33,6 @@ impl Score {
     pub fn accuracy(&self) -> f64 {
         self.correct as f64 / self.images.max(1) as f64
     }
-
-    /// Whether this is better than `other`: more images right, or as many with a smaller loss.
-    pub fn beats(&self, other: &Score) -> bool {
-        (self.accuracy(), -self.loss) > (other.accuracy(), -other.loss)
-    }
 }
 
 /// Judges `network` under `policy` on the images `indices`.
@@ -120,7 +115,7 @@ fn rows(logits: Tensor<2>) -> Result<Vec<Vec<f32>>, TrainError> {
 }
 
 /// Index of the first of the largest values.
-fn largest(row: &[f32]) -> usize {
+pub(crate) fn largest(row: &[f32]) -> usize {
     let better =
         |best: usize, (index, value): (usize, &f32)| if *value > row[best] { index } else { best };
     row.iter().enumerate().fold(0, better)
@@ -134,14 +129,6 @@ pub(crate) fn host() -> Device {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ties_in_accuracy_go_to_the_smaller_loss() {
-        let score = |correct, loss| Score { correct, images: 10, loss };
-        assert!(score(9, 5.0).beats(&score(8, 0.1)));
-        assert!(score(9, 0.1).beats(&score(9, 0.2)));
-        assert!(!score(9, 0.2).beats(&score(9, 0.2)));
-    }
 
     #[test]
     fn the_first_of_equal_logits_wins() {

@@ -13,6 +13,7 @@ mod compare;
 mod config;
 mod controller;
 mod data;
+mod engine;
 mod error;
 mod exchange;
 mod export;
@@ -32,13 +33,14 @@ mod wire;
 pub use candidate::{Candidate, Source};
 pub use compare::{Sampler, SamplerName, SamplerRng, Trial};
 pub use config::{
-    Augmentation, Config, ConfigError, DataConfig, DatasetName, Decay, ExchangeConfig,
+    Augmentation, Config, ConfigError, DataConfig, DatasetName, Decay, ExchangeConfig, Family,
     FinetuneConfig, FitConfig, NetConfig, SearchConfig,
 };
 pub use controller::{Controller, Reinforce, Rollout};
 pub use data::{Data, Dataset};
+pub use engine::judge_onnx;
 pub use error::TrainError;
-pub use export::{read_network, write_onnx};
+pub use export::{read_network, write_exchanging, write_onnx};
 pub use judge::{Score, classify};
 pub use net::{Network, Stats};
 pub use progress::{Progress, Report, Stage};

@@ -80,14 +80,19 @@ enum Command {
         #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=1000))]
         seeds: u64,
     },
-    /// Test accuracy of what a run exported.
-    #[command(after_help = "Example:\n  snn-train eval runs/digits")]
+    /// Test accuracy of what a run exported, as tract runs it.
+    #[command(
+        after_help = "Example:\n  snn-train eval runs/digits\n  snnc split runs/digits/model.onnx --policy runs/digits/best.json --nodes 1 -o fused\n  snn-train eval runs/digits --model fused/shard_0.onnx"
+    )]
     Eval {
         /// Folder of a finished run.
         run_dir: PathBuf,
         /// Folder of the images, where they do not come with the program.
         #[arg(long)]
         data: Option<PathBuf>,
+        /// Judge this ONNX file instead, as it is [default: the run's model under its policy].
+        #[arg(long)]
+        model: Option<PathBuf>,
     },
 }
 
@@ -184,8 +189,8 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
             text += &format!("{}\n", out.join("compare.html").display());
             say(cli.json, &json!(trials), &text)
         }
-        Command::Eval { run_dir, data } => {
-            let score = snn_trainer::evaluate(run_dir, data.as_deref())?;
+        Command::Eval { run_dir, data, model } => {
+            let score = snn_trainer::evaluate(run_dir, data.as_deref(), model.as_deref())?;
             let accuracy = score.accuracy();
             let text = format!(
                 "test accuracy {:.2} % ({} of {} images), loss {:.4}\n",

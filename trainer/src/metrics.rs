@@ -37,7 +37,10 @@ pub(crate) struct Line {
     /// Accuracy on the training images as they came, augmented.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) train_accuracy: Option<f64>,
-    /// Accuracy on validation images: a reward, or a judgement.
+    /// What the controller learned from: accuracy less the price of traffic.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) reward: Option<f64>,
+    /// Accuracy on validation images: of a step's mini-batches, or a judgement.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) validation_accuracy: Option<f64>,
     /// Accuracy on the test images.
@@ -62,6 +65,7 @@ impl Line {
             lr: None,
             loss: None,
             train_accuracy: None,
+            reward: None,
             validation_accuracy: None,
             test_accuracy: None,
             entropy: None,

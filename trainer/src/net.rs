@@ -1,4 +1,4 @@
-//! The separable ResNeXt (section 3.1, Table 1), and the same with exchanges simulated (3.3).
+//! The separable ResNeXt or ResNet (section 3.1, Table 1), and the same with exchanges simulated (3.3).
 //!
 //! Takes images `[batch, channels, h, w]` and gives logits `[batch, classes]`: without exchange
 //! ([`Network::forward`], what is exported) or under a policy ([`Network::forward_with`]). All G
@@ -32,7 +32,7 @@ pub enum Stats {
     Update(f64),
 }
 
-/// A separable ResNeXt; with one group the ordinary ResNeXt.
+/// A separable ResNeXt or ResNet; with one group the ordinary one.
 #[derive(Module, Debug)]
 pub struct Network {
     conv0: ConvNorm,
@@ -73,7 +73,7 @@ impl Network {
             for block in 0..settings.blocks_per_stage() {
                 let stride = if stage > 0 && block == 0 { 2 } else { 1 };
                 let shape = [input, inner, output];
-                blocks.push(draw.block(shape, stride, groups, settings.cardinality));
+                blocks.push(draw.block(shape, stride, groups, settings.paths()));
                 input = output;
             }
         }

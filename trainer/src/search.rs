@@ -1,7 +1,8 @@
 //! Stages 2 and 3: teaching the controller, and choosing a policy (section 3.2).
 //!
 //! Weights stay as they are. A step lets the controller sample policies, judges each on a validation
-//! mini-batch of its own, and learns from the accuracies. Choosing judges every sampled policy on
+//! mini-batch of its own, and learns from the rewards: the accuracy, less what the policy's traffic
+//! costs where the settings give it a price. Choosing judges every sampled policy on
 //! the same validation images, all of them or as many as the settings say. The random sampler is
 //! judged on as many images. The test images are never looked at.
 
@@ -17,10 +18,13 @@ use crate::judge::{Score, judge};
 use crate::net::{Network, Stats};
 use crate::seed::rng;
 use crate::state::Choice;
+use crate::wire::Wire;
 
 /// What a step of the controller saw.
 pub(crate) struct Step {
-    /// Mean reward of the step's policies.
+    /// Mean accuracy of the step's policies.
+    pub(crate) accuracy: f64,
+    /// Mean reward, the accuracy less [`price`].
     pub(crate) reward: f64,
     /// Mean entropy of the controller's policies, in nats.
     pub(crate) entropy: f64,
@@ -40,13 +44,26 @@ pub(crate) fn step(
         entropy.try_into_scalar().map_err(|error| TrainError::Tensor(error.to_string()))?;
     let mut order: Vec<usize> = (0..images.len()).collect();
     let mut rewards = Vec::with_capacity(config.search.policies_per_step);
+    let mut accuracies = 0.0;
     for policy in policies(config, rollout.steps.clone()) {
         order.shuffle(&mut rng);
         let batch = &order[..config.train.batch.min(order.len())];
-        rewards.push(judge(network, &policy, images, batch, Stats::Batch)?.accuracy());
+        let accuracy = judge(network, &policy, images, batch, Stats::Batch)?.accuracy();
+        accuracies += accuracy;
+        rewards.push(accuracy - price(config, &policy));
     }
-    let reward = rewards.iter().sum::<f64>() / rewards.len().max(1) as f64;
-    Ok((reinforce.learn(rollout, &rewards), Step { reward, entropy: f64::from(entropy) }))
+    let count = rewards.len().max(1) as f64;
+    let reward = rewards.iter().sum::<f64>() / count;
+    let step = Step { accuracy: accuracies / count, reward, entropy: f64::from(entropy) };
+    Ok((reinforce.learn(rollout, &rewards), step))
+}
+
+/// What a policy's traffic takes from its reward: λ times its wire bytes, as a part of the ring's.
+pub(crate) fn price(config: &Config, policy: &Policy) -> f64 {
+    match config.search.lambda_wire {
+        0.0 => 0.0,
+        lambda => lambda * Wire::of(&config.net, policy).fraction(),
+    }
 }
 
 /// The policies that stage 3 of round `round` samples.
@@ -70,28 +87,66 @@ pub(crate) fn random(config: &Config, images: &Dataset) -> Vec<Policy> {
     random_policies(config, count, &mut rng(config.seed, "random", 0))
 }
 
-/// The best of `candidates` on the first `count` validation images; calls `done` after each.
+/// The best of `candidates`, in reward, on the validation images; calls `done` after each.
 pub(crate) fn best(
+    config: &Config,
     network: &Network,
     candidates: &[Policy],
-    (images, count): (&Dataset, usize),
+    images: &Dataset,
     mut done: impl FnMut(usize, f64),
 ) -> Result<Option<Choice>, TrainError> {
     // Drawn by seed when the data was split: the first are as good as any.
-    let judged: Vec<usize> = (0..count.min(images.len())).collect();
+    let judged: Vec<usize> = (0..config.judged_images(images.len())).collect();
     // A controller that has settled samples the same policy again and again.
     let mut known: Vec<(&Policy, Score)> = Vec::new();
     let mut best: Option<Choice> = None;
+    let worth = |policy: &Policy, score: &Score| {
+        (score.accuracy() - price(config, policy), -score.loss) // of equal rewards the smaller loss
+    };
     for (index, policy) in candidates.iter().enumerate() {
         let validation = match known.iter().find(|(other, _)| other.steps == policy.steps) {
             Some((_, score)) => *score,
             None => judge(network, policy, images, &judged, Stats::Batch)?,
         };
         known.push((policy, validation));
-        if best.as_ref().is_none_or(|best| validation.beats(&best.validation)) {
+        let better =
+            |best: &Choice| worth(policy, &validation) > worth(&best.policy, &best.validation);
+        if best.as_ref().is_none_or(better) {
             best = Some(Choice { policy: policy.clone(), validation });
         }
         done(index + 1, validation.accuracy());
     }
     Ok(best)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::candidate::full;
+    use crate::data::Data;
+    use burn::tensor::Device;
+
+    /// A network that has learned nothing tells policies apart by chance alone; a price outweighs it.
+    #[test]
+    fn a_price_on_bytes_makes_silence_the_best_policy() {
+        let mut config = Config::digits();
+        config.search.judged_images = 40;
+        let images = Data::load(&config, None).unwrap().validation;
+        let network = Network::new(&config.net, 1, &Device::flex());
+        let candidates = [full(&config), config.silent()];
+        let choose = |config: &Config| {
+            best(config, &network, &candidates, &images, |_, _| {}).unwrap().unwrap()
+        };
+        assert_eq!(choose(&config).validation.images, 40);
+        assert_eq!(price(&config, &candidates[0]), 0.0);
+        config.search.lambda_wire = 1000.0;
+        let ring = Wire::of(&config.net, &candidates[0]).fraction();
+        assert!(ring > 0.05);
+        assert_eq!(price(&config, &candidates[0]), 1000.0 * ring);
+        assert_eq!(price(&config, &candidates[1]), 0.0);
+        assert_eq!(choose(&config).policy, candidates[1]);
+        config.search.lambda_wire = 1e-9;
+        let free = choose(&Config { search: Default::default(), ..config.clone() });
+        assert_eq!(choose(&config).policy, free.policy);
+    }
 }

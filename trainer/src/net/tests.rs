@@ -9,7 +9,7 @@ use half::f16;
 use snn_schemas::{Decision, Dtype, Levels, Step};
 
 use super::*;
-use crate::config::Config;
+use crate::config::{Config, Family};
 
 /// Sums made in another order differ by this much.
 const TOLERANCE: f32 = 1e-4;
@@ -29,7 +29,8 @@ fn parameter_counts_are_the_papers() {
         ("resnext-56-64x4d", 5_231_284),
         ("sep-resnext-56-64x4d", 5_376_052),
     ];
-    assert_eq!(NetConfig::presets().count(), expected.len());
+    let resnexts = NetConfig::presets().filter(|name| name.contains("resnext"));
+    assert_eq!(resnexts.count(), expected.len());
     for (name, expected) in expected {
         let hundred = NetConfig::preset(name, 100).unwrap();
         assert_eq!(Network::new(&hundred, 1, &device).parameters(), expected, "{name}");
@@ -38,6 +39,36 @@ fn parameter_counts_are_the_papers() {
         assert_eq!(Network::new(&ten, 1, &device).parameters(), expected - 90 * 257, "{name}");
     }
     assert_eq!(NetConfig::preset("resnext-57", 10), None);
+}
+
+/// By hand: ResNets with a bottleneck of 16·2^s channels in G groups, trunk 64·2^s a group.
+#[test]
+fn resnets_have_as_many_parameters_as_by_hand() {
+    let resnets: Vec<String> =
+        NetConfig::presets().filter(|name| !name.contains("resnext")).collect();
+    assert_eq!(resnets.len(), 6);
+    for name in resnets {
+        let settings = NetConfig::preset(&name, 10).unwrap();
+        assert_eq!(settings.check(), Ok(()));
+        let groups = if name.starts_with("sep-") { 4 } else { 1 };
+        let depth: usize = name.rsplit('-').next().unwrap().parse().unwrap();
+        // A convolution without bias, in g groups of equal size, and its norm's gamma and beta.
+        let conv = |from: usize, to: usize, taps: usize, g: usize| from * to / g * taps + 2 * to;
+        let mut expected = conv(3, 16, 9, 1) + 256 * 10 + 10;
+        let mut from = 16 * groups;
+        for stage in 0..3 {
+            let (inner, to) = (16 << stage, (groups * 64) << stage);
+            for block in 0..(depth - 2) / 9 {
+                expected += conv(from, inner, 1, groups) + conv(inner, inner, 9, groups);
+                expected += conv(inner, to, 1, groups);
+                expected += if block == 0 { conv(from, to, 1, groups) } else { 0 };
+                from = to;
+            }
+        }
+        assert_eq!(Network::new(&settings, 1, &Device::flex()).parameters(), expected, "{name}");
+        // He et al. give 1.7 million for their ResNet-164.
+        assert!(name != "resnet-164" || expected / 10_000 == 170, "{expected}");
+    }
 }
 
 #[test]
@@ -53,18 +84,24 @@ fn weights_depend_on_the_seed_alone() {
 
 #[test]
 fn exchange_is_that_of_a_plain_evaluation() {
-    for (groups, staleness, depth, dtype) in [
-        (2, 1, 11, Dtype::F32),
-        (2, 2, 20, Dtype::F16),
-        (3, 1, 20, Dtype::F16),
-        (3, 3, 29, Dtype::F32),
-        (4, 2, 20, Dtype::F16),
+    for (family, groups, staleness, depth, dtype) in [
+        (Family::ResNeXt, 2, 1, 11, Dtype::F32),
+        (Family::ResNeXt, 2, 2, 20, Dtype::F16),
+        (Family::ResNeXt, 3, 1, 20, Dtype::F16),
+        (Family::ResNeXt, 3, 3, 29, Dtype::F32),
+        (Family::ResNeXt, 4, 2, 20, Dtype::F16),
+        (Family::ResNet, 4, 2, 20, Dtype::F32),
     ] {
+        let [cardinality, path_width] = match family {
+            Family::ResNeXt => [2 * groups, 2],
+            Family::ResNet => [1, 4 * groups],
+        };
         let settings = NetConfig {
+            family,
             depth,
             groups,
-            cardinality: 2 * groups,
-            path_width: 2,
+            cardinality,
+            path_width,
             trunk_width: 4,
             stem_channels: 3,
             input: [2, 6, 6],
@@ -224,7 +261,7 @@ impl Plain {
 
     /// x + T(x) of one group.
     fn sum(&self, block: usize, group: usize, x: &Maps) -> Maps {
-        let NetConfig { groups, cardinality, .. } = self.settings;
+        let groups = self.settings.groups;
         let per_stage = self.settings.blocks_per_stage();
         let stride = if block > 0 && block.is_multiple_of(per_stage) { 2 } else { 1 };
         let name = |part: &str| format!("blocks.{block}.{part}");
@@ -233,7 +270,10 @@ impl Plain {
             false => x.clone(),
         };
         let y = relu_of(self.conv_norm(&name("reduce"), x, (group, groups), (1, 1, 1)));
-        let paths = cardinality / groups;
+        let paths = match self.settings.family {
+            Family::ResNeXt => self.settings.cardinality / groups,
+            Family::ResNet => 1,
+        };
         let y = relu_of(self.conv_norm(&name("spatial"), &y, (group, groups), (3, stride, paths)));
         let mut y = self.conv_norm(&name("expand"), &y, (group, groups), (1, 1, 1));
         y.values.iter_mut().zip(&shortcut.values).for_each(|(y, x)| *y += x);

@@ -110,7 +110,8 @@ impl Run<'_> {
             self.found_mut(levels).steps += 1;
             let line = Line {
                 search_levels: Some(levels),
-                validation_accuracy: Some(step.reward),
+                validation_accuracy: Some(step.accuracy),
+                reward: Some(step.reward),
                 entropy: Some(step.entropy),
                 seconds: started.elapsed().as_secs_f64(),
                 ..Line::new(Stage::Search, round + 1, number + 1)
@@ -150,8 +151,7 @@ impl Run<'_> {
         let progress = &mut *self.progress;
         let mut best = 0.0_f64;
         let images = &self.data.validation;
-        let judged = (images, self.config.judged_images(images.len()));
-        let choice = search::best(&network, candidates, judged, |done, accuracy| {
+        let choice = search::best(self.config, &network, candidates, images, |done, accuracy| {
             best = best.max(accuracy);
             let total = candidates.len();
             let accuracy = Some(best);

@@ -27,12 +27,13 @@ use crate::checkpoint::{self, write_whole};
 use crate::compare::Trial;
 use crate::config::Config;
 use crate::data::Data;
+use crate::engine::judge_onnx;
 use crate::error::TrainError;
-use crate::export::read_network;
+use crate::export::{read_network, write_exchanging};
 use crate::fit;
-use crate::judge::{Score, judge_all};
+use crate::judge::Score;
 use crate::metrics::{Line, Metrics};
-use crate::net::{Network, Stats};
+use crate::net::Network;
 use crate::progress::{Progress, Report, Stage};
 use crate::state::State;
 use crate::wire::Wire;
@@ -195,35 +196,50 @@ pub fn compare(
     Ok(trials)
 }
 
-/// Judges what a finished run exported, read back from its folder, on the test images.
+/// Judges what a finished run exported on the test images, as tract runs it.
+///
+/// The weights are those of `model.onnx`, the exchanges those of `best.json`, written into the model
+/// as training simulates them. With `model` that file is judged instead, as it is: one that
+/// contains its exchanges already, such as `snnc split --nodes 1` writes.
 ///
 /// # Errors
-/// The folder holds no finished run, or the images are not its kind.
-pub fn evaluate(folder: &Path, data: Option<&Path>) -> Result<Score, TrainError> {
+/// The folder holds no finished run, the images are not its kind, or tract cannot run the model.
+pub fn evaluate(
+    folder: &Path,
+    data: Option<&Path>,
+    model: Option<&Path>,
+) -> Result<Score, TrainError> {
     let config = read_config(folder)?.ok_or_else(|| TrainError::Order {
         stage: Stage::Test,
         path: folder.to_owned(),
         missing: CONFIG,
         before: Stage::Export,
     })?;
-    let read = |name: &'static str| {
-        let path = folder.join(name);
-        fs::read(&path).map_err(TrainError::io(&path))
-    };
-    let policy = match config.net.groups {
-        1 => config.silent(),
-        _ => Policy::from_json(&read(POLICY)?).map_err(|error| {
-            TrainError::Data(format!("{}: {error}", folder.join(POLICY).display()))
-        })?,
-    };
-    let fits = policy.groups == config.net.groups && policy.steps.len() <= config.steps();
-    if !fits || policy.staleness != config.exchange.staleness {
-        let path = folder.join(POLICY);
-        return Err(TrainError::Data(format!("{}: not a policy for {CONFIG}", path.display())));
-    }
+    let read = |path: &Path| fs::read(path).map_err(TrainError::io(path));
     let data = Data::load(&config, data)?;
-    let network = read_network(read(MODEL)?, &config)?;
-    judge_all(&network, &policy, &data.test, Stats::Stored)
+    let (test, classes) = (&data.test, data.classes.len());
+    if let Some(model) = model {
+        return judge_onnx(&read(model)?, test, classes);
+    }
+    let policy = read_policy(folder, &config)?;
+    let network = read_network(read(&folder.join(MODEL))?, &config)?;
+    judge_onnx(&write_exchanging(&network, &policy, &data)?, test, classes)
+}
+
+/// The policy that a run exported: silent, where there is nobody to send to.
+fn read_policy(folder: &Path, config: &Config) -> Result<Policy, TrainError> {
+    if config.net.groups == 1 {
+        return Ok(config.silent());
+    }
+    let path = folder.join(POLICY);
+    let wrong = |reason: String| TrainError::Data(format!("{}: {reason}", path.display()));
+    let json = fs::read(&path).map_err(TrainError::io(&path))?;
+    let policy = Policy::from_json(&json).map_err(|error| wrong(error.to_string()))?;
+    let fits = policy.groups == config.net.groups && policy.steps.len() <= config.steps();
+    match fits && policy.staleness == config.exchange.staleness {
+        true => Ok(policy),
+        false => Err(wrong(format!("not a policy for {CONFIG}"))),
+    }
 }
 
 /// A run at work.
