@@ -55,9 +55,8 @@ pub fn write_exchanging(
         network.forward_with(images, &exact, Stats::Stored)
     })?;
     let mut model = onnx::decode(Bytes::from(bytes))?;
-    match (&mut model.graph, policy.dtype) {
-        (Some(graph), Dtype::F16) => round(graph),
-        _ => {}
+    if let (Some(graph), Dtype::F16) = (&mut model.graph, policy.dtype) {
+        round(graph);
     }
     Ok(onnx::encode(&model))
 }
