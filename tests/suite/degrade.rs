@@ -155,7 +155,7 @@ async fn without_takeover_the_dead_are_gone_without_until_they_return() {
     };
     let second = other();
     while first.line() != "ready" {}
-    let client = Client::connect(&[address.clone()], None, PATIENCE).await.unwrap();
+    let client = Client::connect(std::slice::from_ref(&address), None, PATIENCE).await.unwrap();
     let expected = reference::logits(&net, Some(&policy), image(&net, 1).data());
     let ask = async || client.infer(vec![image(&net, 1)], PATIENCE).await.unwrap();
     drop(second);
