@@ -164,7 +164,7 @@ impl Client {
 }
 
 /// Whether somebody listens there: the system's answer is clearer than zenoh's.
-async fn reach(address: String, within: Duration) -> Result<(), AskError> {
+pub(crate) async fn reach(address: String, within: Duration) -> Result<(), AskError> {
     let connect = {
         let address = address.clone();
         move || {

@@ -31,6 +31,8 @@ pub mod shelf;
 pub mod client;
 pub mod http;
 
+pub mod agent;
+
 pub use engine::tract::TractEngine;
 pub use engine::{Engine, EngineError, Executor};
 pub use node::{InferError, Node, NodeReport};

@@ -383,13 +383,13 @@ async fn try_answer(
     Ok(())
 }
 
-type Questions = Queryable<FifoChannelHandler<Query>>;
+pub(crate) type Questions = Queryable<FifoChannelHandler<Query>>;
 
-async fn queryable(link: &Link, key: &str) -> Result<Questions, LinkError> {
+pub(crate) async fn queryable(link: &Link, key: &str) -> Result<Questions, LinkError> {
     link.session().declare_queryable(key.to_owned()).complete(true).await.map_err(session_error)
 }
 
-async fn reply(query: &Query, key: String, payload: Bytes) {
+pub(crate) async fn reply(query: &Query, key: String, payload: Bytes) {
     if let Err(error) = query.reply(key, payload).await {
         // Whoever asked has left, or its own deadline has passed.
         tracing::debug!(reason = one_line(&error), "answer not delivered");

@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
 use snn_compiler::{Nodes, Options};
 
 const HELP: &str = "\
@@ -38,6 +38,21 @@ const KEY_HELP: &str = "\
 Example:
   snnc key new cluster.key";
 
+const DEPLOY_HELP: &str = "\
+Examples:
+  To the agents on the local network (snn-run --agent --key cluster.key on each device):
+      snnc deploy net.shards --key cluster.key
+  To the agents at these addresses, rank 0 first, checked with an answer of your own:
+      snnc deploy net.shards --key cluster.key --to 192.168.1.11 --to 192.168.1.12 \\
+          --input cat.npy --expect logits.npy
+  What runs where, and the end of it:
+      snnc deploy --status --key cluster.key
+      snnc deploy --stop --key cluster.key
+  Files for systemd, Docker Compose or Kubernetes instead:
+      snnc deploy net.shards --render systemd -o units
+
+Exit codes: 0 done, 1 the cluster answered wrongly and was rolled back, 2 error.";
+
 /// Split one neural network over several devices.
 #[derive(Debug, Parser)]
 #[command(name = "snnc", version, after_help = HELP)]
@@ -57,6 +72,9 @@ pub(crate) enum Command {
     /// Draw a partition: who computes what, and what crosses between nodes
     #[command(after_help = SHOW_HELP)]
     Show(Show),
+    /// Send shards to the agents on the devices, start them, check their answers
+    #[command(after_help = DEPLOY_HELP)]
+    Deploy(Deploy),
     /// Make the key that lets devices into a cluster, and nobody else
     #[command(subcommand)]
     Key(Key),
@@ -165,6 +183,74 @@ pub(crate) struct Show {
 
     #[command(flatten, next_help_heading = "Where a model is given")]
     pub(crate) compile: Compile,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(group(ArgGroup::new("what").required(true).args(["dir", "status", "stop"])))]
+pub(crate) struct Deploy {
+    /// Folder of a split
+    #[arg(value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+
+    /// The cluster's key: agents that have another, or none, are not spoken to
+    #[arg(long, value_name = "FILE")]
+    pub(crate) key: Option<PathBuf>,
+
+    /// Address of an agent, HOST or HOST:PORT; the first runs rank 0 [default: look for them on the
+    /// local network]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) to: Vec<String>,
+
+    /// Input the cluster must answer rightly: .npy (f32, batch first) or PNG or JPEG [default: noise]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["status", "stop", "render"])]
+    pub(crate) input: Option<PathBuf>,
+
+    /// The right answer to --input, .npy [default: what the shards answer here]
+    #[arg(long, value_name = "FILE", requires = "input")]
+    pub(crate) expect: Option<PathBuf>,
+
+    /// How long the nodes may take to start and to answer
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub(crate) within: u64,
+
+    /// Show what would go where, and do nothing
+    #[arg(long, conflicts_with_all = ["status", "stop", "render"])]
+    pub(crate) dry_run: bool,
+
+    /// Show what the agents run
+    #[arg(long, conflicts_with = "stop")]
+    pub(crate) status: bool,
+
+    /// Stop what the agents run; they stay and wait for work
+    #[arg(long)]
+    pub(crate) stop: bool,
+
+    /// Write files for other tools instead
+    #[arg(long, value_name = "KIND", requires = "output", conflicts_with_all = ["status", "stop", "to"])]
+    pub(crate) render: Option<Render>,
+
+    /// Folder to write them to
+    #[arg(short, long, value_name = "OUT", requires = "render")]
+    pub(crate) output: Option<PathBuf>,
+
+    /// Container image that has snn-run, for compose and k8s
+    #[arg(long, value_name = "IMAGE", default_value = "snn:latest", requires = "render")]
+    pub(crate) image: String,
+
+    /// Print what was done as JSON
+    #[arg(long, conflicts_with = "render")]
+    pub(crate) json: bool,
+}
+
+/// For whom files are rendered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Render {
+    /// A unit a node.
+    Systemd,
+    /// A compose file.
+    Compose,
+    /// Manifests for kubectl apply.
+    K8s,
 }
 
 /// A kind of picture.

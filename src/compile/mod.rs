@@ -1,10 +1,11 @@
-//! `snnc`: splits a model, looks into one, or draws a partition.
+//! `snnc`: splits a model, looks into one, draws a partition, or deploys one.
 //!
 //! Takes parsed [`args::Args`] and gives the process's exit code. What the user asked for goes to
 //! standard output; errors go to standard error, one line each: file, stage, reason. Nothing is
 //! written to disk unless everything is.
 
 pub mod args;
+mod deploy;
 mod inspect;
 mod key;
 mod output;
@@ -33,7 +34,7 @@ const LARGE_MODEL_BYTES: usize = 64 << 20;
 /// Runs the command that was asked for, and says on standard error why it could not.
 pub fn run(args: Args) -> ExitCode {
     match dispatch(&args) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         // Whoever reads us has seen enough.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
@@ -43,13 +44,15 @@ pub fn run(args: Args) -> ExitCode {
     }
 }
 
-fn dispatch(args: &Args) -> Result<()> {
+fn dispatch(args: &Args) -> Result<ExitCode> {
     match &args.command {
-        Command::Split(split) => split::split(split),
-        Command::Inspect(inspect) => inspect::inspect(inspect),
-        Command::Show(show) => show::show(show),
-        Command::Key(args::Key::New(new)) => key::new(new),
+        Command::Split(split) => split::split(split)?,
+        Command::Inspect(inspect) => inspect::inspect(inspect)?,
+        Command::Show(show) => show::show(show)?,
+        Command::Deploy(deploy) => return deploy::deploy(deploy),
+        Command::Key(args::Key::New(new)) => key::new(new)?,
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Writes one line about an error to standard error.

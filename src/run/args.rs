@@ -1,7 +1,7 @@
 //! The command line of `snn-run`: what may be typed, and the help that explains it.
 //!
 //! Takes `argv`; gives [`Args`], or clap's own answer for `--help`, `--version` and mistakes.
-//! [`Args::mode`] says which of the three commands was meant.
+//! [`Args::mode`] says which of the commands was meant.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -31,6 +31,8 @@ Examples:
       snn-run --local net.shards --input x.npy --output y.npy --check reference.npy
   The whole cluster on this machine, over HTTP: rank r at port 8000 + r, to be watched in a browser:
       snn-run --local net.shards --http 8000
+  Wait on a device for what \"snnc deploy\" sends:
+      snn-run --agent --key cluster.key --dir /var/lib/snn
   Ask a running cluster, at any of its nodes:
       snn-run infer --node 192.168.1.11:7447 cat.png
 
@@ -49,7 +51,7 @@ Example:
     after_help = NODE_HELP,
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
-    group(ArgGroup::new("what").required(true).args(["shard", "local"])),
+    group(ArgGroup::new("what").required(true).args(["shard", "local", "agent"])),
 )]
 pub struct Args {
     #[command(subcommand)]
@@ -63,16 +65,21 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     local: Option<PathBuf>,
 
+    /// Wait for work from snnc deploy, and go on with it after a restart
+    #[arg(long)]
+    agent: bool,
+
     /// Compute threads of a node
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=MAX_THREADS))]
     threads: u16,
 
-    /// Address to listen on [default: the node's in cluster.json, else 127.0.0.1 and a free port]
+    /// Address to listen on [default: the node's in cluster.json, else 127.0.0.1 and a free port; an
+    /// agent's is port 7448]
     #[arg(long, value_name = "ADDR", conflicts_with = "local", help_heading = "One node")]
     listen: Option<String>,
 
     /// Address of another node, in addition to those in cluster.json; may be repeated
-    #[arg(long, value_name = "ADDR", conflicts_with = "local", help_heading = "One node")]
+    #[arg(long, value_name = "ADDR", conflicts_with_all = ["local", "agent"], help_heading = "One node")]
     peer: Vec<String>,
 
     /// The cluster's key (see snnc key): without it nobody is let in, and nothing leaves unencrypted
@@ -84,7 +91,7 @@ pub struct Args {
     insecure: bool,
 
     /// Do not stand in for nodes that are gone: requests then end with an error
-    #[arg(long, conflicts_with = "local", help_heading = "One node")]
+    #[arg(long, conflicts_with_all = ["local", "agent"], help_heading = "One node")]
     no_takeover: bool,
 
     /// Wait no longer than this for a tensor: go on without it (it counts as zero), and mark the answer
@@ -93,7 +100,7 @@ pub struct Args {
     degrade: Option<u64>,
 
     /// Give up when peers are still missing after this long [default: keep trying]
-    #[arg(long, value_name = "SECONDS", value_parser = seconds, conflicts_with = "local", help_heading = "One node")]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, conflicts_with_all = ["local", "agent"], help_heading = "One node")]
     timeout: Option<Duration>,
 
     /// Serve HTTP at PORT of this machine, or at HOST:PORT; with --local rank r at PORT + r, until
@@ -106,37 +113,69 @@ pub struct Args {
     http_within: Duration,
 
     /// Write what happened when, for Perfetto or chrome://tracing; a node writes its own part at its end
-    #[arg(long, value_name = "FILE", help_heading = "Watching and serving")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "agent",
+        help_heading = "Watching and serving"
+    )]
     trace: Option<PathBuf>,
 
+    /// Folder for shards and state [default: $STATE_DIRECTORY as systemd sets it, else snn-agent]
+    #[arg(
+        long,
+        value_name = "DIR",
+        requires = "agent",
+        help_heading = "Waiting for work (--agent)"
+    )]
+    dir: Option<PathBuf>,
+
+    /// Address where snn-run infer is answered by whatever is deployed [default: port 7447]
+    #[arg(
+        long,
+        value_name = "ADDR",
+        requires = "agent",
+        help_heading = "Waiting for work (--agent)"
+    )]
+    serve: Option<String>,
+
+    /// Name that snnc deploy shows [default: the machine's]
+    #[arg(
+        long,
+        value_name = "NAME",
+        requires = "agent",
+        help_heading = "Waiting for work (--agent)"
+    )]
+    name: Option<String>,
+
     /// Inputs: .npy (f32, batch first) or PNG or JPEG [default: one input of seeded noise]
-    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with = "shard", help_heading = "Whole cluster (--local)")]
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["shard", "agent"], help_heading = "Whole cluster (--local)")]
     input: Vec<PathBuf>,
 
     /// Write the model's output, .npy; several inputs stacked on axis 0
     #[arg(
         long,
         value_name = "FILE",
-        conflicts_with = "shard",
+        conflicts_with_all = ["shard", "agent"],
         help_heading = "Whole cluster (--local)"
     )]
     output: Option<PathBuf>,
 
     /// Run the inputs this often, after one run that is not timed
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_REPEAT), conflicts_with = "shard", help_heading = "Whole cluster (--local)")]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_REPEAT), conflicts_with_all = ["shard", "agent"], help_heading = "Whole cluster (--local)")]
     repeat: u32,
 
     /// Compare the output with this .npy; exit code 1 where they differ by more than 1e-4
     #[arg(
         long,
         value_name = "FILE",
-        conflicts_with = "shard",
+        conflicts_with_all = ["shard", "agent"],
         help_heading = "Whole cluster (--local)"
     )]
     check: Option<PathBuf>,
 
     /// Print the measurements as JSON
-    #[arg(long, conflicts_with = "shard", help_heading = "Whole cluster (--local)")]
+    #[arg(long, conflicts_with_all = ["shard", "agent"], help_heading = "Whole cluster (--local)")]
     json: bool,
 }
 
@@ -202,6 +241,27 @@ pub struct Node {
     pub trace: Option<PathBuf>,
 }
 
+/// Wait for work.
+#[derive(Clone, Debug)]
+pub struct Agent {
+    /// Address to listen on, where one was given.
+    pub listen: Option<String>,
+    /// Where `snn-run infer` is answered, where an address was given.
+    pub serve: Option<String>,
+    /// The cluster's key file.
+    pub key: Option<PathBuf>,
+    /// Whether to listen beyond this machine without a key.
+    pub insecure: bool,
+    /// Folder for shards and state.
+    pub dir: PathBuf,
+    /// Name of the device; the machine's own where none was given.
+    pub name: Option<String>,
+    /// Compute threads of its nodes.
+    pub threads: usize,
+    /// Where to serve HTTP.
+    pub http: Option<Settings>,
+}
+
 /// Run every shard of a folder.
 #[derive(Clone, Debug)]
 pub struct Local {
@@ -232,6 +292,8 @@ pub enum Mode {
     Node(Node),
     /// `snn-run --local DIR`
     Local(Local),
+    /// `snn-run --agent`
+    Agent(Agent),
     /// `snn-run infer`
     Infer(Infer),
 }
@@ -255,6 +317,16 @@ impl Args {
                 http,
                 trace: self.trace,
             }),
+            (None, None) if self.agent => Mode::Agent(Agent {
+                listen: self.listen,
+                serve: self.serve,
+                key: self.key,
+                insecure: self.insecure,
+                dir: self.dir.unwrap_or_else(state_dir),
+                name: self.name,
+                threads,
+                http,
+            }),
             (None, None) => Mode::Node(Node {
                 // The group "what" makes clap refuse a command line with neither.
                 shard: self.shard.unwrap_or_default(),
@@ -271,6 +343,12 @@ impl Args {
             }),
         }
     }
+}
+
+/// Where an agent keeps its state when nobody says otherwise.
+fn state_dir() -> PathBuf {
+    let systemd = std::env::var_os("STATE_DIRECTORY").filter(|dir| !dir.is_empty());
+    systemd.map_or_else(|| PathBuf::from("snn-agent"), PathBuf::from)
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -306,6 +384,9 @@ mod tests {
             matches!(mode("snn-run --local d --input a.npy b.npy --json"), Mode::Local(l) if l.inputs.len() == 2 && l.json)
         );
         assert!(
+            matches!(mode("snn-run --agent --key k --dir s"), Mode::Agent(a) if a.dir == PathBuf::from("s"))
+        );
+        assert!(
             matches!(mode("snn-run infer --node a:1 x.npy"), Mode::Infer(i) if i.node == ["a:1"])
         );
     }
@@ -323,6 +404,10 @@ mod tests {
             "snn-run --local d --http 8000 --repeat 2",
             "snn-run --local d --http 8000 --input a.npy",
             "snn-run d/shard_1.onnx --http-within 3",
+            "snn-run d/shard_1.onnx --dir state",
+            "snn-run d/shard_1.onnx --agent",
+            "snn-run --agent --json",
+            "snn-run --agent --local d",
         ] {
             assert!(Args::try_parse_from(line.split(' ')).is_err(), "{line}");
         }

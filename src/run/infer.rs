@@ -97,7 +97,7 @@ pub(super) fn single(mut outputs: Vec<Array>) -> Result<Array> {
 }
 
 /// What a model of these inputs and this metadata takes.
-pub(super) fn input_spec(inputs: &[Port], metadata: &[(String, String)]) -> Result<InputSpec> {
+pub(crate) fn input_spec(inputs: &[Port], metadata: &[(String, String)]) -> Result<InputSpec> {
     let [input] = inputs else {
         bail!("the model has {} inputs, expected 1", inputs.len());
     };

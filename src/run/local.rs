@@ -226,7 +226,7 @@ struct Lost {
 
 /// What a child says, a line each, and that it has ended.
 #[derive(Debug)]
-enum News {
+pub(super) enum News {
     Listening(String),
     Http(SocketAddr),
     Ready,
@@ -234,17 +234,32 @@ enum News {
     Ended,
 }
 
-type Sender = mpsc::Sender<(usize, News)>;
+pub(super) type Sender = mpsc::Sender<(usize, News)>;
 type Receiver = mpsc::Receiver<(usize, News)>;
 
 /// What a child is told.
 #[derive(Debug, Serialize, Deserialize)]
-struct Orders {
-    shard: PathBuf,
-    peers: Vec<String>,
-    threads: usize,
-    http: Option<Settings>,
-    trace: bool,
+pub(super) struct Orders {
+    pub(super) shard: PathBuf,
+    pub(super) peers: Vec<String>,
+    pub(super) threads: usize,
+    pub(super) http: Option<Settings>,
+    pub(super) trace: bool,
+    /// For nodes of an agent, which serve other machines too.
+    pub(super) device: Option<Device>,
+}
+
+/// What a node of an agent is told besides.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Device {
+    /// Address to listen on.
+    pub(super) listen: String,
+    /// The cluster's key file.
+    pub(super) key: Option<PathBuf>,
+    /// Whether to listen beyond this machine without a key.
+    pub(super) insecure: bool,
+    /// Name by which the nodes of the cluster look for each other.
+    pub(super) cluster: String,
 }
 
 /// Where a child can be reached.
@@ -268,6 +283,7 @@ async fn start_children(
             threads: options.threads,
             http: options.http.as_ref().map(|http| http.of_rank(rank)).transpose()?,
             trace: options.trace,
+            device: None,
         };
         children.0.push(NodeProcess::spawn(rank, &orders, options, sender.clone())?);
         places.push(wait_listening(children, rank, news).await?);
@@ -376,9 +392,7 @@ impl Children {
         for node in &mut self.0 {
             let status = node.wait_until(deadline);
             if status.is_none() {
-                // An error means that it has just ended by itself.
-                let _ = node.process.kill();
-                let _ = node.process.wait();
+                node.kill();
             }
             if !status.is_some_and(|status| status.success()) {
                 failed.get_or_insert(node.rank);
@@ -396,7 +410,7 @@ impl Drop for Children {
 
 /// One child. Its pipe and its process end together, see [`Children`].
 #[derive(Debug)]
-struct NodeProcess {
+pub(super) struct NodeProcess {
     rank: usize,
     shard: PathBuf,
     process: Child,
@@ -404,7 +418,12 @@ struct NodeProcess {
 }
 
 impl NodeProcess {
-    fn spawn(rank: usize, orders: &Orders, options: &LocalOptions, tell: Sender) -> Result<Self> {
+    pub(super) fn spawn(
+        rank: usize,
+        orders: &Orders,
+        options: &LocalOptions,
+        tell: Sender,
+    ) -> Result<Self> {
         let executable = match &options.executable {
             Some(path) => path.clone(),
             None => env::current_exe().context("own executable")?,
@@ -429,7 +448,7 @@ impl NodeProcess {
         Ok(NodeProcess { rank, shard: orders.shard.clone(), process, lifeline })
     }
 
-    fn wait_until(&mut self, deadline: Instant) -> Option<std::process::ExitStatus> {
+    pub(super) fn wait_until(&mut self, deadline: Instant) -> Option<std::process::ExitStatus> {
         loop {
             match self.process.try_wait() {
                 Ok(Some(status)) => return Some(status),
@@ -437,6 +456,22 @@ impl NodeProcess {
                 Ok(None) | Err(_) => return None,
             }
         }
+    }
+}
+
+impl NodeProcess {
+    /// Tells it to stop, waits, and kills it where it takes longer than [`STOP_GRACE`]. Blocks.
+    pub(super) fn end(&mut self) {
+        drop(self.lifeline.take());
+        if self.wait_until(Instant::now() + STOP_GRACE).is_none() {
+            self.kill();
+        }
+    }
+
+    fn kill(&mut self) {
+        // An error means that it has just ended by itself.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
     }
 }
 
@@ -485,16 +520,18 @@ pub fn serve_if_child() -> Option<ExitCode> {
 
 fn serve_child(orders: &Orders) -> Result<()> {
     let stopped = follow_lifeline()?;
+    let device = orders.device.as_ref();
     let setup = Setup {
         shard: orders.shard.clone(),
-        listen: None,
+        listen: device.map(|device| device.listen.clone()),
         peers: orders.peers.clone(),
         timeout: None,
         threads: orders.threads,
-        key: None,
-        insecure: false,
+        key: device.and_then(|device| device.key.clone()),
+        insecure: device.is_some_and(|device| device.insecure),
+        cluster: device.map(|device| device.cluster.clone()),
         // Where a process of one machine dies, that is worth knowing, not hiding.
-        takeover: false,
+        takeover: device.is_some(),
         degrade: None,
         http: orders.http.clone(),
         trace: orders.trace,

@@ -1,13 +1,16 @@
-//! `snn-run`: one node, a whole cluster on this machine, or a question to a running cluster.
+//! `snn-run`: one node, a whole cluster on this machine, an agent that waits for work, or a question
+//! to a running cluster.
 //!
 //! Takes parsed [`args::Args`] and gives the process's exit code. Everything the user reads is
 //! written here: results to standard output, progress and one line an error to standard error. What
 //! examples and tests start clusters with is [`local::LocalCluster`].
 
+mod agent;
 pub mod args;
 pub mod http;
 mod infer;
 pub mod input;
+mod keep;
 pub mod local;
 mod report;
 mod serve;
@@ -22,6 +25,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::terminal;
 use args::{Args, Mode};
+pub(crate) use infer::input_spec;
 
 /// The answer is no: `--check` found a difference.
 pub const EXIT_DIFFERENT: u8 = 1;
@@ -38,6 +42,7 @@ pub fn run(args: Args) -> ExitCode {
     let done = match args.mode() {
         Mode::Node(node) => block_on(serve::node(node)),
         Mode::Local(local) => block_on(report::local(local)),
+        Mode::Agent(agent) => block_on(agent::agent(agent)),
         Mode::Infer(infer) => block_on(infer::infer(infer)),
     };
     done.unwrap_or_else(|error| {
@@ -64,7 +69,7 @@ fn start_logging() {
     let _ = logging.with_writer(io::stderr).try_init();
 }
 
-fn block_on<T>(task: impl Future<Output = Result<T>>) -> Result<T> {
+pub(crate) fn block_on<T>(task: impl Future<Output = Result<T>>) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(IO_THREADS)
         .enable_all()

@@ -48,6 +48,9 @@ pub(super) struct Setup {
     pub(super) key: Option<PathBuf>,
     /// Whether to listen beyond this machine without a key.
     pub(super) insecure: bool,
+    /// Name by which the nodes of the cluster look for each other, where whoever started them has
+    /// given all addresses: those of the manifest are then not used. The split otherwise.
+    pub(super) cluster: Option<String>,
     /// Whether to stand in for nodes that are gone.
     pub(super) takeover: bool,
     /// How long a tensor is waited for, where not as long as the request may take.
@@ -85,6 +88,7 @@ pub(super) async fn node(node: args::Node) -> Result<ExitCode> {
         threads: node.threads,
         key: node.key,
         insecure: node.insecure,
+        cluster: None,
         takeover: node.takeover,
         degrade: node.degrade,
         http: node.http,
@@ -247,6 +251,7 @@ fn beside(folder: &Path, shard: &Shard) -> Result<Option<Manifest>> {
 fn options(setup: &Setup, shard: &Shard, manifest: Option<&Manifest>) -> Result<Options> {
     let mut peers = setup.peers.clone();
     let mut own = None;
+    let manifest = manifest.filter(|_| setup.cluster.is_none());
     for node in manifest.into_iter().flat_map(|manifest| &manifest.nodes) {
         match node.rank == shard.identity().rank {
             true => own = node.address.clone(),
@@ -256,7 +261,8 @@ fn options(setup: &Setup, shard: &Shard, manifest: Option<&Manifest>) -> Result<
     let everywhere = if setup.is_open() { ANYWHERE } else { DEFAULT_LISTEN };
     let listen = setup.listen.clone().or(own).unwrap_or_else(|| everywhere.to_owned());
     let key = setup.key.as_deref().map(crate::key::read).transpose()?;
-    let scout = setup.is_open().then(|| shard.identity().split.clone());
+    let name = setup.cluster.as_ref().unwrap_or(&shard.identity().split);
+    let scout = setup.is_open().then(|| name.clone());
     Ok(Options { listen, peers, key, insecure: setup.insecure, scout })
 }
 

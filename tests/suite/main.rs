@@ -12,8 +12,10 @@ mod reference;
 
 mod cluster;
 
+mod boards;
 mod commands;
 mod degrade;
+mod deploy;
 mod equality;
 mod faults;
 mod http;

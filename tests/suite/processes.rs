@@ -41,7 +41,7 @@ fn wait_until(what: &str, done: impl Fn() -> bool) {
 }
 
 /// Children of a process, from the kernel's own list.
-fn children(pid: u32) -> Vec<u32> {
+pub(crate) fn children(pid: u32) -> Vec<u32> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
     let lists =
         tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("children")).ok());

@@ -123,7 +123,7 @@ pub struct Identity {
 }
 
 /// `host:port` of an address in any of its forms.
-fn place(address: &str) -> &str {
+pub(crate) fn place(address: &str) -> &str {
     address.strip_prefix("tcp/").or(address.strip_prefix("tls/")).unwrap_or(address)
 }
 
@@ -161,6 +161,24 @@ impl Link {
     /// # Errors
     /// An unusable address, or one that cannot be bound.
     pub async fn open(options: &Options) -> Result<Link, LinkError> {
+        Link::open_with(options, &[]).await
+    }
+
+    /// The same for a process that is found and connected to, and connects to nobody by itself.
+    ///
+    /// # Errors
+    /// As [`Link::open`].
+    pub async fn open_apart(options: &Options) -> Result<Link, LinkError> {
+        let nobody = "{router:[],peer:[],client:[]}";
+        let apart =
+            [("scouting/multicast/autoconnect", nobody), ("scouting/gossip/enabled", "false")];
+        Link::open_with(options, &apart).await
+    }
+
+    async fn open_with(
+        options: &Options,
+        more: &[(&'static str, &str)],
+    ) -> Result<Link, LinkError> {
         options.check()?;
         let key = options.key.as_ref();
         let listen = parse_address(&options.listen, key)?;
@@ -169,7 +187,7 @@ impl Link {
         let mut last = String::new();
         for _ in 0..PORT_ATTEMPTS {
             let address = free_address(&listen)?;
-            match zenoh::open(node_config(&address, &peers, options)?).await {
+            match zenoh::open(node_config(&address, &peers, options, more)?).await {
                 Ok(session) => return Ok(Link { session, address }),
                 Err(error) => last = one_line(&error),
             }
@@ -393,7 +411,12 @@ fn free_address(listen: &str) -> Result<String, LinkError> {
     Ok(format!("{scheme}/{}", probe.local_addr().map_err(error)?))
 }
 
-fn node_config(listen: &str, peers: &[String], options: &Options) -> Result<Config, LinkError> {
+fn node_config(
+    listen: &str,
+    peers: &[String],
+    options: &Options,
+    more: &[(&'static str, &str)],
+) -> Result<Config, LinkError> {
     let (first, longest) = RETRY_MS;
     let retry =
         format!("{{period_init_ms:{first},period_max_ms:{longest},period_increase_factor:1.5}}");
@@ -411,7 +434,13 @@ fn node_config(listen: &str, peers: &[String], options: &Options) -> Result<Conf
         entries.push(("scouting/multicast/address", format!("{:?}", multicast_address(name))));
     }
     entries.extend(shared_entries(options.key.as_ref()));
+    entries.extend(more.iter().map(|&(key, value)| (key, value.to_owned())));
     config(entries)
+}
+
+/// The settings of a call for those who can be found by the name `name`.
+pub(crate) fn scout_config(name: &str) -> Result<Config, LinkError> {
+    config(vec![("scouting/multicast/address", format!("{:?}", multicast_address(name)))])
 }
 
 /// Where the members of the cluster `name` look for each other: a port of the cluster's own, so that

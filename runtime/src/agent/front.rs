@@ -1,0 +1,226 @@
+//! Where clients ask a device whatever version it runs: the addresses stay, the version changes.
+//!
+//! A [`Front`] stands before one cluster at a time, and is an [`Asker`], so HTTP is answered through
+//! it; [`answer`] does the same for `snn-run infer`. A request is answered by the version that was
+//! current when it came: [`Front::switch`] gives the old one back, still connected, and
+//! [`Backend::requests`] tells how many requests it still has to answer. So a version is replaced
+//! without a failed request, and without a connection that clients lose.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use snn_schemas::wire::{self, Infer, Reply};
+use tokio::task::JoinSet;
+use zenoh::query::Query;
+
+use super::wire::Version;
+use crate::client::{AskError, Client, ClusterInfo, infer_key, info_key};
+use crate::http::{Asker, Own, Unanswered};
+use crate::key::ClusterKey;
+use crate::mailbox::MAX_WITHIN;
+use crate::serve::{MAX_ASKED, queryable, reply};
+use crate::transport::BoxFuture;
+use crate::transport::zenoh::{Link, LinkError, into_bytes};
+use crate::watch::Log;
+use crate::{Answer, NodeReport, Tensor};
+
+/// What a front calls its cluster, in the place of a split that may change.
+const FRONT: &str = "front";
+/// How long nodes may take to report: longer, and they count as silent.
+const REPORT_WITHIN: Duration = Duration::from_millis(300);
+
+/// A version that can be asked.
+#[derive(Debug)]
+pub struct Backend {
+    version: Version,
+    rank: usize,
+    client: Client,
+    info: Arc<ClusterInfo>,
+    reports: Mutex<Vec<NodeReport>>,
+}
+
+impl Backend {
+    /// Connects to the cluster of which `addresses` are nodes, the device's own, of `rank`, first.
+    ///
+    /// # Errors
+    /// Nobody answers there within `within`.
+    pub async fn connect(
+        (version, rank): (Version, usize),
+        addresses: &[String],
+        key: Option<&ClusterKey>,
+        within: Duration,
+    ) -> Result<Arc<Backend>, AskError> {
+        let client = Client::connect(addresses, key, within).await?;
+        let (info, reports) = (Arc::new(client.info().clone()), Mutex::default());
+        Ok(Arc::new(Backend { version, rank, client, info, reports }))
+    }
+
+    /// The version.
+    pub fn version(&self) -> &Version {
+        &self.version
+    }
+
+    /// How many requests it still has to answer, once it is current no more and `self` is the only
+    /// other one who holds it.
+    pub fn requests(self: &Arc<Self>) -> usize {
+        Arc::strong_count(self) - 1
+    }
+
+    /// Disconnects.
+    pub async fn close(&self) {
+        self.client.close().await;
+    }
+
+    async fn ask_reports(&self) -> Vec<NodeReport> {
+        let reports = self.client.reports(REPORT_WITHIN).await.unwrap_or_default();
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&reports);
+        reports
+    }
+
+    fn own(&self) -> (Vec<NodeReport>, BTreeSet<usize>) {
+        let reports = self.reports.lock().unwrap_or_else(PoisonError::into_inner);
+        let there: BTreeSet<usize> = reports.iter().map(|report| report.rank).collect();
+        let missing = (0..self.info.nodes).filter(|rank| !there.contains(rank)).collect();
+        (reports.iter().filter(|report| report.rank == self.rank).cloned().collect(), missing)
+    }
+}
+
+/// What clients ask.
+#[derive(Default)]
+pub struct Front {
+    current: RwLock<Option<Arc<Backend>>>,
+    log: Log,
+}
+
+impl Front {
+    /// Answers with another version from now on, or with none; gives the one before.
+    pub fn switch(&self, next: Option<Arc<Backend>>) -> Option<Arc<Backend>> {
+        self.log.note(match &next {
+            Some(next) => format!("version {} answers", next.version),
+            None => "nothing answers any more".to_owned(),
+        });
+        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut current, next)
+    }
+
+    /// The version that answers.
+    pub fn current(&self) -> Option<Arc<Backend>> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Asks the nodes how they are, so that [`Asker::own`] knows.
+    pub async fn look(&self) {
+        if let Some(backend) = self.current() {
+            backend.ask_reports().await;
+        }
+    }
+
+    fn backend(&self) -> Result<Arc<Backend>, Unanswered> {
+        self.current().ok_or_else(|| Unanswered("nothing is deployed here".to_owned()))
+    }
+
+    async fn ask(&self, inputs: Vec<Tensor>, within: Duration) -> Result<Answer, Unanswered> {
+        // Held until the answer is there: so the version counts it.
+        let backend = self.backend()?;
+        Ok(backend.client.infer(inputs, within).await?)
+    }
+}
+
+impl Asker for Front {
+    fn model(&self, _: Duration) -> BoxFuture<'_, Result<Arc<ClusterInfo>, Unanswered>> {
+        Box::pin(async { Ok(Arc::clone(&self.backend()?.info)) })
+    }
+
+    fn infer(
+        &self,
+        inputs: Vec<Tensor>,
+        within: Duration,
+    ) -> BoxFuture<'_, Result<Answer, Unanswered>> {
+        Box::pin(self.ask(inputs, within))
+    }
+
+    fn reports(&self) -> BoxFuture<'_, Vec<NodeReport>> {
+        Box::pin(async {
+            match self.current() {
+                Some(backend) => backend.ask_reports().await,
+                None => Vec::new(),
+            }
+        })
+    }
+
+    fn own(&self) -> Own {
+        let events = self.log.latest();
+        match self.current() {
+            Some(backend) => {
+                let (reports, missing) = backend.own();
+                Own { reports, missing, events, takeovers: 0 }
+            }
+            // Rank 0 of nothing: so that nobody counts it as ready.
+            None => Own { missing: BTreeSet::from([0]), events, ..Own::default() },
+        }
+    }
+
+    fn nodes(&self) -> usize {
+        self.current().map_or(0, |backend| backend.info.nodes)
+    }
+}
+
+/// Answers, at the address of `link`, what [`Client`]s ask, until it is dropped.
+///
+/// # Errors
+/// A link that has ended.
+pub async fn answer(link: Link, front: Arc<Front>) -> Result<(), LinkError> {
+    let about = queryable(&link, &info_key(FRONT)).await?;
+    let asked = queryable(&link, &infer_key(FRONT)).await?;
+    tokio::join!(
+        async {
+            while let Ok(query) = about.recv_async().await {
+                // Without a version there is nothing to tell: the question ends unanswered.
+                if let Some(info) = describe(&front) {
+                    reply(&query, about.key_expr().to_string(), info).await;
+                }
+            }
+        },
+        async {
+            let key = asked.key_expr().to_string();
+            let mut answering = JoinSet::new();
+            while let Ok(query) = asked.recv_async().await {
+                while answering.try_join_next().is_some() {}
+                let (front, key) = (Arc::clone(&front), key.clone());
+                let is_full = answering.len() >= MAX_ASKED;
+                answering.spawn(async move {
+                    let answer = match is_full {
+                        true => Reply::Failure(format!(
+                            "{MAX_ASKED} questions are being answered already"
+                        )),
+                        false => answer_question(&query, &front).await,
+                    };
+                    reply(&query, key, answer.encode()).await;
+                });
+            }
+        },
+    );
+    Ok(())
+}
+
+fn describe(front: &Front) -> Option<Bytes> {
+    let mut info = ClusterInfo::clone(&front.current()?.info);
+    FRONT.clone_into(&mut info.split);
+    serde_json::to_vec(&info).ok().map(Bytes::from)
+}
+
+async fn answer_question(query: &Query, front: &Front) -> Reply {
+    let question = query.payload().ok_or(wire::WireError::NoFrame).and_then(|payload| {
+        let too_large = wire::WireError::TooLarge { bytes: payload.len() };
+        Infer::decode(into_bytes(payload).ok_or(too_large)?)
+    });
+    match question {
+        Err(error) => Reply::Failure(error.to_string()),
+        Ok(Infer { within, inputs }) => match front.ask(inputs, within.min(MAX_WITHIN)).await {
+            Ok(answer) => Reply::Answer(answer),
+            Err(error) => Reply::Failure(error.to_string()),
+        },
+    }
+}

@@ -1,0 +1,162 @@
+//! `snnc deploy`: a split on its devices, from the folder to the first right answer.
+//!
+//! Takes the command's arguments; finds the agents, says what goes where, and hands over to
+//! [`rollout`], which sends, starts, checks and switches, or leaves everything as it was. `--status` and
+//! `--stop` ask the agents, `--render` ([`render`]) writes files for other tools. Whatever can be wrong
+//! with the folder is found before any agent is asked for anything.
+
+mod bundle;
+mod plan;
+mod render;
+mod rollout;
+mod status;
+mod trial;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::json;
+use snn_runtime::agent::{AGENT_PORT, Remote, find};
+use snn_runtime::key::ClusterKey;
+
+use super::args::Deploy;
+use super::{complain, print};
+use crate::run::block_on;
+use bundle::Bundle;
+use rollout::Outcome;
+
+/// The cluster answered, but wrongly.
+const EXIT_WRONG: u8 = 1;
+/// How long agents are looked for: they answer at once, a lost call is repeated every second.
+const FIND_WITHIN: Duration = Duration::from_millis(2500);
+
+pub(super) fn deploy(args: &Deploy) -> Result<ExitCode> {
+    if let (Some(kind), Some(output), Some(dir)) = (args.render, &args.output, &args.dir) {
+        return render::render(&Bundle::read(dir)?, kind, &args.image, output);
+    }
+    block_on(ask_agents(args))
+}
+
+async fn ask_agents(args: &Deploy) -> Result<ExitCode> {
+    let key = args.key.as_deref().map(crate::key::read).transpose()?;
+    let Some(dir) = &args.dir else {
+        let agents = connect(args, key.as_ref()).await?;
+        return match args.stop {
+            true => status::stop(&agents, args.json).await,
+            false => status::status(&agents, args.json).await,
+        };
+    };
+    let bundle = Bundle::read(dir)?;
+    let within = Duration::from_secs(args.within);
+    let trials = trial::trials(&bundle, args.input.as_deref(), args.expect.as_deref(), within);
+    let trials = trials.await?;
+    let agents = connect(args, key.as_ref()).await?;
+    let plan = plan::plan(&bundle, agents).await?;
+    if !args.json {
+        print(format_args!("{}\n", plan.table(&bundle)))?;
+    }
+    if args.dry_run {
+        if args.json {
+            print(format_args!("{}\n", json!({ "plan": plan.json(&bundle) })))?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let tell = |line: &str| {
+        if !args.json {
+            // A reader that has left is no reason to stop half way.
+            let _ = print(format_args!("{line}\n"));
+        }
+    };
+    let rollout = rollout::Rollout { bundle: &bundle, plan: &plan, key: key.as_ref(), within };
+    let outcome = rollout.run(&trials, &tell).await.context("deploy")?;
+    plan.close().await;
+    if args.json {
+        let version = bundle.version.as_str();
+        let report = match &outcome {
+            Outcome::Serves { sent, kept, difference, addresses } => json!({
+                "version": version, "serves": true, "sent": sent, "kept": kept,
+                "difference": difference, "addresses": addresses, "plan": plan.json(&bundle),
+            }),
+            Outcome::Wrong { reason } => {
+                json!({ "version": version, "serves": false, "reason": reason })
+            }
+        };
+        print(format_args!("{report}\n"))?;
+    }
+    Ok(match outcome {
+        Outcome::Serves { .. } => ExitCode::SUCCESS,
+        Outcome::Wrong { reason } => {
+            complain(&format!("{}: deploy: {reason}; rolled back", dir.display()));
+            ExitCode::from(EXIT_WRONG)
+        }
+    })
+}
+
+/// The agents that were named, or else those that are found.
+async fn connect(args: &Deploy, key: Option<&ClusterKey>) -> Result<Vec<Arc<Remote>>> {
+    let addresses = match args.to.is_empty() {
+        true => {
+            let found = find(key, FIND_WITHIN).await?;
+            let whose = if key.is_some() { " that has this key" } else { "" };
+            ensure!(
+                !found.is_empty(),
+                "no agent{whose} answers on the local network; name them with --to ADDR"
+            );
+            found
+        }
+        false => args.to.iter().map(|address| with_port(address)).collect(),
+    };
+    for (index, address) in addresses.iter().enumerate() {
+        if addresses[..index].contains(address) {
+            bail!("--to {address}: given twice");
+        }
+    }
+    let connecting = addresses.into_iter().map(|address| {
+        let key = key.cloned();
+        async move { Remote::connect(&address, key.as_ref()).await }
+    });
+    let mut agents = Vec::new();
+    for connected in all(connecting).await? {
+        agents.push(Arc::new(connected.context("agent")?));
+    }
+    Ok(agents)
+}
+
+/// An address with the agents' port where it has none.
+fn with_port(address: &str) -> String {
+    let has_port = address.rsplit_once(':').is_some_and(|(host, port)| {
+        let whole = !host.contains(':') || host.ends_with(']');
+        whole && port.parse::<u16>().is_ok()
+    });
+    match has_port {
+        true => address.to_owned(),
+        false => format!("{address}:{AGENT_PORT}"),
+    }
+}
+
+/// Runs tasks at the same time; gives their results in the tasks' order.
+async fn all<T: Send + 'static, F: Future<Output = T> + Send + 'static>(
+    tasks: impl IntoIterator<Item = F>,
+) -> Result<Vec<T>> {
+    let tasks: Vec<_> = tasks.into_iter().map(tokio::spawn).collect();
+    let mut results = Vec::with_capacity(tasks.len());
+    for task in tasks {
+        results.push(task.await.context("task")?);
+    }
+    Ok(results)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::with_port;
+
+    #[test]
+    fn addresses_get_the_port_of_agents_where_they_have_none() {
+        assert_eq!(with_port("192.168.1.11"), "192.168.1.11:7448");
+        assert_eq!(with_port("pi1.local:9000"), "pi1.local:9000");
+        assert_eq!(with_port("[::1]"), "[::1]:7448");
+        assert_eq!(with_port("[::1]:9000"), "[::1]:9000");
+    }
+}

@@ -1,0 +1,562 @@
+//! Agents and those who deploy, as processes over loopback: from four waiting devices to answers, and
+//! from one version to the next without a failed request.
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use snn::run::input::write_npy;
+use snn_compiler::Nodes;
+use snn_runtime::client::Client;
+use snn_runtime::key::ClusterKey;
+use snn_schemas::{Dtype, Policy};
+
+use crate::cluster::PATIENCE;
+use crate::fixtures::{Net, residual};
+use crate::processes::{SNN_RUN, children, kill};
+use crate::{array, assert_close, image, reference, ring, split};
+
+fn net() -> Net {
+    residual(4, &[2, 2], 8)
+}
+
+fn first(net: &Net) -> Policy {
+    ring(net, 2, Dtype::F16)
+}
+
+fn second(net: &Net) -> Policy {
+    ring(net, 1, Dtype::F32)
+}
+
+/// A folder as snnc split writes it, hashes and all.
+fn written(net: &Net, policy: &Policy) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    snn::compile::write(&split(net, Some(policy), Nodes::PerGroup), folder.path()).unwrap();
+    folder
+}
+
+/// A device with an agent.
+struct Device {
+    process: Child,
+    arguments: Vec<String>,
+    dir: PathBuf,
+    address: String,
+    front: String,
+    http: SocketAddr,
+}
+
+impl Device {
+    fn start(dir: &Path, key: Option<&Path>, name: &str) -> Device {
+        let mut arguments: Vec<String> =
+            ["--agent", "--name", name, "--dir"].map(Into::into).into();
+        arguments.push(dir.display().to_string());
+        for option in ["--listen", "--serve", "--http"] {
+            arguments.extend([option.to_owned(), "127.0.0.1:0".to_owned()]);
+        }
+        // Tests share the machine: what is slow there is not lost.
+        arguments.extend(["--http-within".to_owned(), PATIENCE.as_secs().to_string()]);
+        arguments.extend(key.iter().flat_map(|key| ["--key".into(), key.display().to_string()]));
+        let (process, address, front, http) = spawn(&arguments);
+        Device { process, arguments, dir: dir.to_owned(), address, front, http }
+    }
+
+    /// Pulls the plug, and plugs it in again.
+    fn restart(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+        (self.process, self.address, self.front, self.http) = spawn(&self.arguments);
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn spawn(arguments: &[String]) -> (Child, String, String, SocketAddr) {
+    let mut process = Command::new(SNN_RUN).args(arguments).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(process.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let mut after = |start: &str| {
+        let line = lines.next().unwrap();
+        let rest = line.strip_prefix(start).unwrap_or_else(|| panic!("{line}"));
+        rest.trim_start_matches("tls/").trim_start_matches("tcp/").to_owned()
+    };
+    let (address, front) = (after("listening on "), after("answering on "));
+    let http = after("http://").parse().unwrap();
+    after("agent ");
+    // Whatever it says later is nobody's business, but must not fill the pipe.
+    std::thread::spawn(move || lines.for_each(drop));
+    (process, address, front, http)
+}
+
+/// Four devices, and what is needed to deploy to them.
+struct Site {
+    folder: tempfile::TempDir,
+    key: PathBuf,
+    devices: Vec<Device>,
+}
+
+impl Site {
+    fn new(count: usize) -> Site {
+        let folder = tempfile::tempdir().unwrap();
+        let key = folder.path().join("cluster.key");
+        let made = Command::new(env!("CARGO_BIN_EXE_snnc"))
+            .args(["key", "new"])
+            .arg(&key)
+            .output()
+            .unwrap();
+        assert!(made.status.success());
+        let start = |number: usize| {
+            let name = format!("pi{number}");
+            Device::start(&folder.path().join(&name), Some(&key), &name)
+        };
+        let devices = (0..count).map(start).collect();
+        Site { folder, key, devices }
+    }
+
+    fn key(&self) -> ClusterKey {
+        ClusterKey::from_pem(&std::fs::read_to_string(&self.key).unwrap()).unwrap()
+    }
+
+    /// `snnc deploy …` to all of them.
+    fn snnc(&self, arguments: &[&str]) -> Output {
+        let to = self.devices.iter().flat_map(|device| ["--to", &device.address]);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_snnc"));
+        command.arg("deploy").args(arguments).args(to).arg("--key").arg(&self.key);
+        command.output().unwrap()
+    }
+
+    #[track_caller]
+    fn deploy(&self, split: &Path, more: &[&str]) -> Value {
+        let arguments = [&[split.to_str().unwrap(), "--json"], more].concat();
+        let output = self.snnc(&arguments);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    fn status(&self) -> Value {
+        let output = self.snnc(&["--status", "--json"]);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// Every device gives the right answer, over both of its ways.
+    async fn assert_answers(&self, net: &Net, policy: &Policy) {
+        let key = self.key();
+        for (seed, device) in self.devices.iter().enumerate() {
+            let input = image(net, seed);
+            let expected = reference::logits(net, Some(policy), input.data());
+            let fronts = [device.front.clone()];
+            let client = Client::connect(&fronts, Some(&key), PATIENCE).await.unwrap();
+            let answer = client.infer(vec![input.clone()], PATIENCE).await.unwrap();
+            assert_close(answer.outputs[0].data(), &expected, &device.front);
+            let (status, answer) = infer(&mut connect(device.http), input.data(), net);
+            assert_eq!(status, 200, "{answer}");
+            assert_close(&logits(&answer), &expected, "http");
+        }
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+fn connect(address: SocketAddr) -> BufReader<TcpStream> {
+    let stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    BufReader::new(stream)
+}
+
+/// One request over a connection that stays open; gives status and body.
+fn infer(connection: &mut BufReader<TcpStream>, data: &[f32], net: &Net) -> (u16, String) {
+    let [channels, height, width] = net.image;
+    let body = serde_json::json!({ "inputs": [{
+        "name": "image", "datatype": "FP32", "shape": [1, channels, height, width], "data": data,
+    }], "parameters": {} })
+    .to_string();
+    let head = format!(
+        "POST /v2/models/model/infer HTTP/1.1\r\nhost: test\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    connection.get_mut().write_all(&[head.as_bytes(), body.as_bytes()].concat()).unwrap();
+    let (mut status, mut length) = (0, 0);
+    loop {
+        let mut line = String::new();
+        assert!(connection.read_line(&mut line).unwrap() > 0, "the connection was closed");
+        let line = line.trim_end().to_ascii_lowercase();
+        if let Some(rest) = line.strip_prefix("http/1.1 ") {
+            status = rest[..3].parse().unwrap();
+        }
+        if let Some(rest) = line.strip_prefix("content-length: ") {
+            length = rest.parse().unwrap();
+        }
+        if line.is_empty() {
+            break;
+        }
+    }
+    let mut body = vec![0; length];
+    connection.read_exact(&mut body).unwrap();
+    (status, text(&body))
+}
+
+fn logits(answer: &str) -> Vec<f32> {
+    let answer: Value = serde_json::from_str(answer).unwrap();
+    let data = answer["outputs"][0]["data"].as_array().unwrap();
+    data.iter().map(|number| number.as_f64().unwrap() as f32).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn four_devices_get_their_shards_answer_and_stop() {
+    let (net, site) = (net(), Site::new(4));
+    let split = written(&net, &first(&net));
+    let report = site.deploy(split.path(), &[]);
+    assert_eq!(report["serves"], true);
+    let devices: Vec<&str> =
+        (0..4).map(|r| report["plan"][r]["device"].as_str().unwrap()).collect();
+    assert_eq!(devices, ["pi0", "pi1", "pi2", "pi3"]);
+    site.assert_answers(&net, &first(&net)).await;
+
+    let status = site.status();
+    for rank in 0..4 {
+        let version = &status["agents"][rank]["versions"][0];
+        assert_eq!(
+            (&version["rank"], &version["node"]),
+            (&rank.into(), &"ready".into()),
+            "{status}"
+        );
+        assert_eq!(version["serves"], true);
+    }
+    // The same again has nothing to send, and stops nothing.
+    let again = site.deploy(split.path(), &[]);
+    assert_eq!((&again["sent"], &again["serves"]), (&0.into(), &true.into()), "{again}");
+    site.assert_answers(&net, &first(&net)).await;
+
+    let stopped = site.snnc(&["--stop"]);
+    assert!(stopped.status.success(), "{}", text(&stopped.stderr));
+    assert_eq!(text(&stopped.stdout).lines().count(), 4);
+    let (status, body) = infer(&mut connect(site.devices[0].http), image(&net, 0).data(), &net);
+    assert_eq!((status, body.as_str()), (503, r#"{"error":"nothing is deployed here"}"#));
+    assert_eq!(text(&site.snnc(&["--stop"]).stdout), "nothing runs\n");
+    let table = text(&site.snnc(&["--status"]).stdout);
+    assert_eq!(table.matches("waits for work").count(), 4, "{table}");
+}
+
+/// Asks without end, until told to stop; every answer must be right by one of the two policies.
+fn ask_on(
+    address: SocketAddr,
+    net: Net,
+    (stop, answers): (Arc<AtomicBool>, Arc<AtomicUsize>),
+    keep: bool,
+) -> std::thread::JoinHandle<Vec<String>> {
+    std::thread::spawn(move || {
+        let input = image(&net, 7);
+        let right: Vec<Vec<f32>> = [first(&net), second(&net)]
+            .iter()
+            .map(|policy| reference::logits(&net, Some(policy), input.data()))
+            .collect();
+        let is = |found: &[f32], right: &[f32]| {
+            found.iter().zip(right).all(|(a, b)| (a - b).abs() <= 1e-4 * b.abs().max(1.0))
+        };
+        let mut connection = connect(address);
+        let mut failures = Vec::new();
+        while !stop.load(Ordering::Relaxed) {
+            if !keep {
+                connection = connect(address);
+            }
+            match infer(&mut connection, input.data(), &net) {
+                (200, answer) => {
+                    let found = logits(&answer);
+                    if !right.iter().any(|right| is(&found, right)) {
+                        failures.push(format!("wrong: {found:?}"));
+                    }
+                }
+                // Four askers never fill the queue.
+                (status, answer) => failures.push(format!("{status}: {answer}")),
+            }
+            answers.fetch_add(1, Ordering::Relaxed);
+        }
+        failures
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_version_is_replaced_without_a_failed_request() {
+    let (net, site) = (net(), Site::new(4));
+    let (one, two) = (written(&net, &first(&net)), written(&net, &second(&net)));
+    site.deploy(one.path(), &[]);
+    let stop = Arc::new(AtomicBool::new(false));
+    let answers = Arc::new(AtomicUsize::new(0));
+    // Over connections that stay open for all of it, and over one a request.
+    let askers: Vec<_> = (0..4)
+        .map(|number| {
+            let shared = (Arc::clone(&stop), Arc::clone(&answers));
+            ask_on(site.devices[number].http, residual(4, &[2, 2], 8), shared, number % 2 == 0)
+        })
+        .collect();
+    let (fronts, key) = ([site.devices[1].front.clone()], site.key());
+    let client = Client::connect(&fronts, Some(&key), PATIENCE).await.unwrap();
+    let before = answers.load(Ordering::Relaxed);
+    for split in [&two, &one, &two] {
+        assert_eq!(site.deploy(split.path(), &[])["serves"], true);
+        client.infer(vec![image(&net, 1)], PATIENCE).await.unwrap();
+    }
+    let meanwhile = answers.load(Ordering::Relaxed) - before;
+    stop.store(true, Ordering::Relaxed);
+    let failures: Vec<String> =
+        askers.into_iter().flat_map(|asker| asker.join().unwrap()).collect();
+    assert_eq!(failures, [""; 0], "of {meanwhile} requests");
+    assert!(meanwhile > 20, "{meanwhile} requests tell nothing");
+    site.assert_answers(&net, &second(&net)).await;
+    // The old version is stopped, and still there to go back to.
+    for agent in site.status()["agents"].as_array().unwrap() {
+        assert_eq!(agent["versions"].as_array().unwrap().len(), 1, "{agent}");
+    }
+    for device in &site.devices {
+        assert_eq!(versions(&device.dir).len(), 2);
+    }
+}
+
+/// Folders of versions on a device.
+fn versions(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    entries.filter(|path| path.is_dir()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_version_that_answers_wrongly_is_rolled_back_and_power_cuts_are_survived() {
+    let (net, mut site) = (net(), Site::new(4));
+    let (one, two) = (written(&net, &first(&net)), written(&net, &second(&net)));
+    let at = |name: &str| site.folder.path().join(name).display().to_string();
+    let input = array(&image(&net, 3));
+    let mut truth = reference::logits(&net, Some(&second(&net)), &input.data);
+    let output = |data: Vec<f32>| snn::run::input::Array { shape: vec![1, net.classes], data };
+    write_npy(Path::new(&at("x.npy")), &input).unwrap();
+    write_npy(Path::new(&at("right.npy")), &output(truth.clone())).unwrap();
+    truth[2] += 1.0;
+    write_npy(Path::new(&at("wrong.npy")), &output(truth)).unwrap();
+    let checked = |expect: &str| {
+        let (x, y) = (at("x.npy"), at(expect));
+        site.snnc(&[two.path().to_str().unwrap(), "--input", &x, "--expect", &y])
+    };
+
+    // With nothing to go back to, nothing is left running.
+    let refused = checked("wrong.npy");
+    assert_eq!(refused.status.code(), Some(1), "{}", text(&refused.stderr));
+    assert!(text(&site.snnc(&["--status"]).stdout).contains("waits for work"));
+    assert!(site.devices.iter().all(|device| versions(&device.dir).is_empty()));
+
+    site.deploy(one.path(), &[]);
+    let refused = checked("wrong.npy");
+    let said = text(&refused.stderr);
+    assert_eq!((refused.status.code(), said.lines().count()), (Some(1), 1), "{said}");
+    assert!(said.contains("deploy: the cluster answers wrongly: off by "), "{said}");
+    assert!(said.ends_with("; rolled back\n"), "{said}");
+    site.assert_answers(&net, &first(&net)).await;
+    assert!(site.devices.iter().all(|device| versions(&device.dir).len() == 1));
+
+    // The plug of every device is pulled; each goes on with what was current.
+    for device in &mut site.devices {
+        device.restart();
+    }
+    let deadline = Instant::now() + PATIENCE;
+    let ready = |site: &Site| {
+        let status = site.status();
+        let agents = status["agents"].as_array().unwrap().clone();
+        agents.iter().all(|agent| agent["versions"][0]["node"] == "ready")
+    };
+    while !ready(&site) {
+        assert!(Instant::now() < deadline, "{}", site.status());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    site.assert_answers(&net, &first(&net)).await;
+    let right = site.snnc(&[
+        two.path().to_str().unwrap(),
+        "--input",
+        &site.folder.path().join("x.npy").display().to_string(),
+        "--expect",
+        &site.folder.path().join("right.npy").display().to_string(),
+    ]);
+    assert!(right.status.success(), "{}", text(&right.stderr));
+    site.assert_answers(&net, &second(&net)).await;
+
+    // A node that is killed is started again by its agent.
+    let node = children(site.devices[2].process.id());
+    kill(node[0], "-KILL");
+    let deadline = Instant::now() + PATIENCE;
+    while children(site.devices[2].process.id()) == node || !ready(&site) {
+        assert!(Instant::now() < deadline, "{}", site.status());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    site.assert_answers(&net, &second(&net)).await;
+}
+
+/// Passes bytes on to `to`; the first connection is cut once `limit` bytes have gone there.
+fn fragile(to: &str, limit: usize) -> (String, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (to, passed) = (to.to_owned(), Arc::new(AtomicUsize::new(0)));
+    let counted = Arc::clone(&passed);
+    std::thread::spawn(move || {
+        for inner in listener.incoming().map_while(Result::ok) {
+            let Ok(outer) = TcpStream::connect(&to) else { return };
+            let (mut back, mut to) = (outer.try_clone().unwrap(), inner.try_clone().unwrap());
+            std::thread::spawn(move || drop(std::io::copy(&mut back, &mut to)));
+            let (mut inner, mut outer, counted) = (inner, outer, Arc::clone(&counted));
+            std::thread::spawn(move || {
+                let mut bytes = [0; 16 << 10];
+                while let Ok(count @ 1..) = inner.read(&mut bytes) {
+                    let before = counted.fetch_add(count, Ordering::Relaxed);
+                    let cut = before < limit && before + count >= limit;
+                    if cut || outer.write_all(&bytes[..count]).is_err() {
+                        break;
+                    }
+                }
+                let _ = inner.shutdown(std::net::Shutdown::Both);
+                let _ = outer.shutdown(std::net::Shutdown::Both);
+            });
+        }
+    });
+    (address, passed)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broken_link_costs_a_piece_and_a_part_goes_on_from_its_length() {
+    let net = residual(2, &[2, 2], 128);
+    let mut site = Site::new(1);
+    let folder = tempfile::tempdir().unwrap();
+    snn::compile::write(&split(&net, None, Nodes::Even(1)), folder.path()).unwrap();
+    let shard = std::fs::read(folder.path().join("shard_0.onnx")).unwrap();
+    assert!(shard.len() > 1 << 20, "{} bytes are too few to be cut", shard.len());
+
+    let (address, passed) = fragile(&site.devices[0].address, shard.len() / 2);
+    let direct = std::mem::replace(&mut site.devices[0].address, address);
+    let report = site.deploy(folder.path(), &[]);
+    assert_eq!((&report["sent"], &report["kept"]), (&shard.len().into(), &0.into()));
+    let passed = passed.load(Ordering::Relaxed);
+    assert!(passed > shard.len() && passed < shard.len() * 3 / 2, "{passed} of {}", shard.len());
+    site.devices[0].address = direct;
+
+    // As if the power had gone off half way.
+    assert!(site.snnc(&["--stop"]).status.success());
+    let version = versions(&site.devices[0].dir).remove(0);
+    std::fs::remove_file(version.join("shard_0.onnx")).unwrap();
+    std::fs::write(version.join("shard_0.onnx.part"), &shard[..shard.len() / 2]).unwrap();
+    let report = site.deploy(folder.path(), &[]);
+    assert_eq!(report["kept"], shard.len() / 2);
+    assert_eq!(report["sent"], shard.len() - shard.len() / 2);
+    // A part that is not what it should be is found out, and sent anew.
+    assert!(site.snnc(&["--stop"]).status.success());
+    std::fs::remove_file(version.join("shard_0.onnx")).unwrap();
+    std::fs::write(version.join("shard_0.onnx.part"), vec![0; shard.len() / 2]).unwrap();
+    let refused = site.snnc(&[folder.path().to_str().unwrap()]);
+    let said = text(&refused.stderr);
+    assert_eq!((refused.status.code(), said.lines().count()), (Some(2), 1), "{said}");
+    assert!(said.contains("shard_0.onnx: sha256 ") && said.contains(", expected "), "{said}");
+    assert_eq!(site.deploy(folder.path(), &[])["sent"], shard.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_who_has_the_key_deploys_and_only_what_is_whole() {
+    let (net, site) = (net(), Site::new(2));
+    let split = written(&net, &first(&net));
+    let dir = split.path().to_str().unwrap();
+    let other = Site::new(0);
+
+    let ask = |key: Option<&Path>| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_snnc"));
+        command.args(["deploy", dir, "--to", &site.devices[0].address]);
+        if let Some(key) = key {
+            command.arg("--key").arg(key);
+        }
+        command.output().unwrap()
+    };
+    for stranger in [None, Some(other.key.as_path())] {
+        let refused = ask(stranger);
+        let said = text(&refused.stderr);
+        assert_eq!((refused.status.code(), said.lines().count()), (Some(2), 1), "{said}");
+        let expected = "no agent answers there, or none that has this key\n";
+        assert!(said.ends_with(expected), "{said}");
+    }
+    // Too few devices, with the way out.
+    let few = site.snnc(&[dir]);
+    let said = text(&few.stderr);
+    assert_eq!(few.status.code(), Some(2));
+    assert!(said.contains("4 nodes, but only 2 agents: pi0, pi1 (snnc split --nodes 2"), "{said}");
+    // A shard that was changed is named before anybody is asked.
+    let shard = split.path().join("shard_2.onnx");
+    let mut bytes = std::fs::read(&shard).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&shard, bytes).unwrap();
+    let said = text(&site.snnc(&[dir]).stderr);
+    assert!(said.starts_with(&format!("snnc: {}: sha256 ", shard.display())), "{said}");
+    assert!(site.devices.iter().all(|device| versions(&device.dir).is_empty()));
+
+    // Without a key an agent keeps to its own machine.
+    let exposed = Command::new(SNN_RUN)
+        .args(["--agent", "--serve", "127.0.0.1:0", "--listen", "0.0.0.0:0", "--dir"])
+        .arg(site.folder.path().join("exposed"))
+        .output()
+        .unwrap();
+    let said = text(&exposed.stderr);
+    assert_eq!((exposed.status.code(), said.lines().count()), (Some(2), 1), "{said}");
+    assert!(said.contains("without a key only this machine may connect"), "{said}");
+    // And nobody shares its folder.
+    let twice = Command::new(SNN_RUN)
+        .args(["--agent", "--serve", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--dir"])
+        .arg(&site.devices[0].dir)
+        .output()
+        .unwrap();
+    assert!(text(&twice.stderr).ends_with("another agent uses this folder\n"));
+}
+
+/// The files for other tools are what they were, but for hashes and the folder; `UPDATE=1` writes them.
+#[test]
+fn files_for_other_tools_are_as_kept() {
+    let net = net();
+    let mut split = split(&net, Some(&first(&net)), Nodes::Even(2));
+    for (rank, node) in split.manifest.nodes.iter_mut().enumerate() {
+        node.address = Some(format!("tls/192.168.1.{}:7447", 11 + rank));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("net.shards");
+    snn::compile::write(&split, &dir).unwrap();
+    let kept = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/suite/rendered");
+    for (kind, files) in [
+        ("systemd", &["snn-node-0.service", "snn-node-1.service"][..]),
+        ("compose", &["compose.yaml"]),
+        ("k8s", &["k8s.yaml"]),
+    ] {
+        let out = folder.path().join(kind);
+        let done = Command::new(env!("CARGO_BIN_EXE_snnc"))
+            .arg("deploy")
+            .arg(&dir)
+            .args(["--render", kind, "-o"])
+            .arg(&out)
+            .output()
+            .unwrap();
+        assert!(done.status.success(), "{}", text(&done.stderr));
+        assert_eq!(std::fs::read_dir(&out).unwrap().count(), files.len());
+        for file in files {
+            let rendered = std::fs::read_to_string(out.join(file)).unwrap();
+            let start = rendered.find("version ").unwrap() + "version ".len();
+            let version = &rendered[start..start + 8];
+            let path = dir.canonicalize().unwrap().display().to_string();
+            let found = rendered.replace(version, "00000000").replace(&path, "/net.shards");
+            let path = kept.join(file);
+            if std::env::var_os("UPDATE").is_some() {
+                std::fs::create_dir_all(&kept).unwrap();
+                std::fs::write(&path, &found).unwrap();
+            }
+            let expected = std::fs::read_to_string(&path).unwrap();
+            assert_eq!(found, expected, "{file}; UPDATE=1 cargo test --test suite writes it");
+        }
+    }
+}
