@@ -96,7 +96,7 @@ pub struct Args {
 
     /// Wait no longer than this for a tensor: go on without it (it counts as zero), and mark the answer
     /// as degraded; to be given to every node
-    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=MAX_DEGRADE), conflicts_with = "local", help_heading = "One node")]
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=MAX_DEGRADE), conflicts_with_all = ["local", "agent"], help_heading = "One node")]
     degrade: Option<u64>,
 
     /// Give up when peers are still missing after this long [default: keep trying]
