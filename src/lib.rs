@@ -10,3 +10,4 @@ pub mod run;
 
 mod key;
 pub mod terminal;
+pub mod threads;

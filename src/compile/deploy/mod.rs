@@ -36,6 +36,7 @@ pub(super) fn deploy(args: &Deploy) -> Result<ExitCode> {
     if let (Some(kind), Some(output), Some(dir)) = (args.render, &args.output, &args.dir) {
         return render::render(&Bundle::read(dir)?, kind, &args.image, output);
     }
+    crate::threads::share_one();
     block_on(ask_agents(args))
 }
 
