@@ -125,7 +125,7 @@ pub struct Args {
     #[arg(
         long,
         value_name = "DIR",
-        requires = "agent",
+        conflicts_with_all = ["shard", "local"],
         help_heading = "Waiting for work (--agent)"
     )]
     dir: Option<PathBuf>,
@@ -134,7 +134,7 @@ pub struct Args {
     #[arg(
         long,
         value_name = "ADDR",
-        requires = "agent",
+        conflicts_with_all = ["shard", "local"],
         help_heading = "Waiting for work (--agent)"
     )]
     serve: Option<String>,
@@ -143,7 +143,7 @@ pub struct Args {
     #[arg(
         long,
         value_name = "NAME",
-        requires = "agent",
+        conflicts_with_all = ["shard", "local"],
         help_heading = "Waiting for work (--agent)"
     )]
     name: Option<String>,
@@ -383,9 +383,7 @@ mod tests {
         assert!(
             matches!(mode("snn-run --local d --input a.npy b.npy --json"), Mode::Local(l) if l.inputs.len() == 2 && l.json)
         );
-        assert!(
-            matches!(mode("snn-run --agent --key k --dir s"), Mode::Agent(a) if a.dir == PathBuf::from("s"))
-        );
+        assert!(matches!(mode("snn-run --agent --key k --dir s"), Mode::Agent(a) if a.dir == *"s"));
         assert!(
             matches!(mode("snn-run infer --node a:1 x.npy"), Mode::Infer(i) if i.node == ["a:1"])
         );
