@@ -58,6 +58,9 @@ const BLOCK_LIMIT_US: u64 = 5_000_000;
 /// Batches of 64 KiB queued a connection before a send blocks: zenoh's maximum, 1 MiB, more than
 /// any one exchange of the networks in use.
 const QUEUE_BATCHES: usize = 16;
+/// How long a handshake may take, in ms: a small device computes its signatures in some tens, but one
+/// that is frozen accepts a connection (its kernel does) and never says anything.
+const HANDSHAKE_MS: u64 = 1_500;
 /// First and longest pause between attempts to connect, in ms: quick on start, quiet later.
 const RETRY_MS: (u64, u64) = (100, 2_000);
 /// Connections accepted at once: every node of a large cluster and as many clients.
@@ -417,14 +420,11 @@ fn node_config(
     options: &Options,
     more: &[(&'static str, &str)],
 ) -> Result<Config, LinkError> {
-    let (first, longest) = RETRY_MS;
-    let retry =
-        format!("{{period_init_ms:{first},period_max_ms:{longest},period_increase_factor:1.5}}");
     let mut entries = vec![
         ("mode", "\"peer\"".to_owned()),
         ("listen/endpoints", format!("[{listen:?}]")),
         ("connect/endpoints", format!("{peers:?}")),
-        ("connect/retry", retry),
+        ("connect/retry", retry()),
         ("open/return_conditions/connect_scouted", "false".to_owned()),
         ("scouting/gossip/autoconnect", "{peer:[\"router\",\"peer\"]}".to_owned()),
         ("transport/unicast/max_sessions", MAX_SESSIONS.to_string()),
@@ -436,6 +436,11 @@ fn node_config(
     entries.extend(shared_entries(options.key.as_ref()));
     entries.extend(more.iter().map(|&(key, value)| (key, value.to_owned())));
     config(entries)
+}
+
+fn retry() -> String {
+    let (first, longest) = RETRY_MS;
+    format!("{{period_init_ms:{first},period_max_ms:{longest},period_increase_factor:1.5}}")
 }
 
 /// The settings of a call for those who can be found by the name `name`.
@@ -462,6 +467,7 @@ pub(crate) fn client_config(
     let mut entries = vec![
         ("mode", "\"client\"".to_owned()),
         ("connect/endpoints", format!("{nodes:?}")),
+        ("connect/retry", retry()),
         ("scouting/gossip/enabled", "false".to_owned()),
         ("scouting/multicast/enabled", "false".to_owned()),
     ];
@@ -471,6 +477,8 @@ pub(crate) fn client_config(
 
 fn shared_entries(key: Option<&ClusterKey>) -> Vec<(&'static str, String)> {
     let mut entries = vec![
+        ("transport/unicast/open_timeout", HANDSHAKE_MS.to_string()),
+        ("transport/unicast/accept_timeout", HANDSHAKE_MS.to_string()),
         ("transport/link/tx/lease", LEASE_MS.to_string()),
         ("transport/link/tx/queue/size/real_time", QUEUE_BATCHES.to_string()),
         (
