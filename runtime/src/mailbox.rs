@@ -5,7 +5,8 @@
 //! - **Who puts.** The transport's threads [`post`](Mailbox::post) tensor frames, those who ask
 //!   [`open`](Mailbox::open) requests, anybody may [`cancel`](Mailbox::cancel) one. None of these waits.
 //!   A frame is taken only if this node's shard receives its transfer, from that rank and with that
-//!   size; the first frame of a request opens it, with the deadline the frame carries.
+//!   size; the first frame of a request opens it, with the deadline the frame carries, except on the
+//!   node where requests begin.
 //! - **Who takes.** The node's compute thread alone, by [`next`](Mailbox::next): it tells what each
 //!   request it works on wants next, and gets the oldest request that can go on.
 //! - **Until when.** `next` waits until there is something to do: a tensor that is wanted, a new
@@ -87,6 +88,8 @@ pub enum End {
 #[derive(Debug)]
 pub struct Mailbox {
     expected: HashMap<u32, Expected>,
+    /// Whether requests begin here, and no frame opens one.
+    is_entry: bool,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -129,6 +132,7 @@ impl Mailbox {
         });
         Mailbox {
             expected: expected.collect(),
+            is_entry: !program.inputs.is_empty(),
             state: Mutex::new(State::default()),
             changed: Condvar::new(),
         }
@@ -173,6 +177,9 @@ impl Mailbox {
             return Ok(());
         }
         if !state.open.contains_key(&request) {
+            if self.is_entry {
+                return Err(Refused::UnknownRequest);
+            }
             let deadline = Instant::now() + within.min(MAX_WITHIN);
             state.open(request, deadline, vec![])?;
         }
@@ -372,6 +379,9 @@ pub enum Refused {
         /// Bytes in the shard.
         expected: usize,
     },
+    /// A request that begins at this node, but has not.
+    #[error("unknown request")]
+    UnknownRequest,
     /// Too many requests at once.
     #[error("{MAX_REQUESTS} requests are open already")]
     Full,
@@ -386,12 +396,16 @@ mod tests {
     use crate::shard::{Crossing, Slot, Step};
 
     fn mailbox() -> Mailbox {
+        Mailbox::new(&program())
+    }
+
+    fn program() -> Program {
         let receive = |transfer| {
             let (dtype, slot) = (Dtype::F32, Slot(0));
             Step::Receive(Crossing { transfer, peer: 1, step: None, dtype, bytes: 4, slot })
         };
         let steps = vec![receive(3), receive(5)];
-        Mailbox::new(&Program { steps, ..Program::default() })
+        Program { steps, ..Program::default() }
     }
 
     fn frame(request: u64, transfer: u32) -> TensorFrame {
@@ -466,6 +480,15 @@ mod tests {
         mailbox.post(frame(7, 5)).unwrap();
         mailbox.done(0);
         mailbox.post(frame(1000, 3)).unwrap();
+    }
+
+    #[test]
+    fn no_frame_opens_a_request_where_requests_begin() {
+        let entry = Program { inputs: vec![Slot(0)], ..program() };
+        let mailbox = Mailbox::new(&entry);
+        assert_eq!(mailbox.post(frame(1, 3)), Err(Refused::UnknownRequest));
+        mailbox.open(1, Instant::now() + Duration::from_secs(60), vec![]).unwrap();
+        mailbox.post(frame(1, 3)).unwrap();
     }
 
     #[test]
