@@ -86,8 +86,9 @@ pub struct Args {
     #[arg(long, value_name = "FILE", conflicts_with = "local", help_heading = "One node")]
     key: Option<PathBuf>,
 
-    /// Let anybody on the network take part, without a key; otherwise only this machine may
-    #[arg(long, conflicts_with_all = ["local", "key"], help_heading = "One node")]
+    /// Let anybody on the network take part where there is no key, and ask over HTTP; otherwise only
+    /// this machine may
+    #[arg(long, help_heading = "Watching and serving")]
     insecure: bool,
 
     /// Do not stand in for nodes that are gone: requests then end with an error
@@ -281,6 +282,8 @@ pub struct Local {
     pub json: bool,
     /// Where to serve HTTP, instead of running inputs.
     pub http: Option<Settings>,
+    /// Whether others than this machine may ask over HTTP.
+    pub insecure: bool,
     /// Where to write what happened when.
     pub trace: Option<PathBuf>,
 }
@@ -315,6 +318,7 @@ impl Args {
                 threads,
                 json: self.json,
                 http,
+                insecure: self.insecure,
                 trace: self.trace,
             }),
             (None, None) if self.agent => Mode::Agent(Agent {

@@ -58,10 +58,16 @@ pub(super) struct Claimed {
     within: Duration,
 }
 
-/// Claims the address.
-pub(super) async fn claim(settings: &Settings) -> Result<Claimed> {
+/// Claims the address; one that others can reach only where the user's own word allows it.
+pub(super) async fn claim(settings: &Settings, insecure: bool) -> Result<Claimed> {
     let http = Http::bind(&settings.address).await;
     let http = http.with_context(|| format!("http on {}", settings.address))?;
+    let address = http.address();
+    ensure!(
+        address.ip().is_loopback() || insecure,
+        "http on {address}: it is not encrypted and asks nobody who he is; give a port of this \
+         machine only, behind a proxy, or --insecure"
+    );
     Ok(Claimed { http, within: settings.within })
 }
 
@@ -123,6 +129,7 @@ pub(super) async fn local(local: args::Local) -> Result<ExitCode> {
     let options = LocalOptions {
         threads: local.threads,
         http: local.http.clone(),
+        insecure: local.insecure,
         trace: local.trace.is_some(),
         ..LocalOptions::default()
     };

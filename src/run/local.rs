@@ -68,6 +68,8 @@ pub struct LocalOptions {
     pub answer_within: Duration,
     /// Where rank 0 serves HTTP; the others on the ports that follow.
     pub http: Option<Settings>,
+    /// Whether others than this machine may ask over HTTP.
+    pub insecure: bool,
     /// Whether the nodes record what happens when.
     pub trace: bool,
 }
@@ -81,6 +83,7 @@ impl Default for LocalOptions {
             ready_within: Duration::from_secs(120),
             answer_within: Duration::from_secs(60),
             http: None,
+            insecure: false,
             trace: false,
         }
     }
@@ -244,6 +247,8 @@ pub(super) struct Orders {
     pub(super) peers: Vec<String>,
     pub(super) threads: usize,
     pub(super) http: Option<Settings>,
+    /// Whether its HTTP may be open beyond this machine.
+    pub(super) insecure: bool,
     pub(super) trace: bool,
     /// For nodes of an agent, which serve other machines too.
     pub(super) device: Option<Device>,
@@ -282,6 +287,7 @@ async fn start_children(
             peers: places.iter().map(|place| place.address.clone()).collect(),
             threads: options.threads,
             http: options.http.as_ref().map(|http| http.of_rank(rank)).transpose()?,
+            insecure: options.insecure,
             trace: options.trace,
             device: None,
         };
@@ -534,6 +540,7 @@ fn serve_child(orders: &Orders) -> Result<()> {
         takeover: device.is_some(),
         degrade: None,
         http: orders.http.clone(),
+        open_http: orders.insecure,
         trace: orders.trace,
         trace_file: None,
     };

@@ -57,6 +57,8 @@ pub(super) struct Setup {
     pub(super) degrade: Option<Duration>,
     /// Where to serve HTTP.
     pub(super) http: Option<http::Settings>,
+    /// Whether others than this machine may ask over HTTP.
+    pub(super) open_http: bool,
     /// Whether to record what happens when.
     pub(super) trace: bool,
     /// Where to write it at the end.
@@ -92,6 +94,7 @@ pub(super) async fn node(node: args::Node) -> Result<ExitCode> {
         takeover: node.takeover,
         degrade: node.degrade,
         http: node.http,
+        open_http: node.insecure,
         trace: node.trace.is_some(),
         trace_file: node.trace,
     };
@@ -163,7 +166,7 @@ async fn start(
     let manifest = beside(folder, &shard).context("addresses")?;
     let options = options(setup, &shard, manifest.as_ref())?;
     let http = match &setup.http {
-        Some(settings) => Some(http::claim(settings).await?),
+        Some(settings) => Some(http::claim(settings, setup.open_http).await?),
         None => None,
     };
     if let Some(http) = &http {
