@@ -514,6 +514,47 @@ async fn any_node_answers_over_http_and_tells_what_it_counts() {
     cluster.stop().await.unwrap();
 }
 
+/// A photograph of sorts, in a format's own bytes.
+fn photograph(format: image::ImageFormat) -> Vec<u8> {
+    let pixel = |x: u32, y: u32| image::Rgb([(9 * x) as u8, (250 - 11 * y) as u8, (x * y) as u8]);
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    image::RgbImage::from_fn(24, 20, pixel).write_to(&mut bytes, format).unwrap();
+    bytes.into_inner()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_png_and_a_jpeg_are_classified_by_any_node() {
+    use snn::run::input::{InputSpec, picture};
+    use snn_schemas::metadata::Normalisation;
+
+    let net = net();
+    let (cluster, _folder) = processes(&net).await;
+    let addresses = cluster.http_addresses().to_vec();
+    for (format, address) in
+        [image::ImageFormat::Png, image::ImageFormat::Jpeg].into_iter().zip(addresses)
+    {
+        let bytes = photograph(format);
+        let normalisation = Normalisation::read(|_| None, 3).unwrap();
+        let spec = InputSpec { shape: crate::shape(&net), normalisation };
+        let input = picture(bytes.clone(), &spec).unwrap();
+        let expected = reference::logits(&net, Some(&ring(&net, 2, Dtype::F16)), &input.data);
+        let answer = blocking(move || request(address, "POST /classify", "", &bytes)).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        let json = answer.json();
+        assert_eq!(json["degraded"], false);
+        let top = json["top"].as_array().unwrap();
+        let entries = top.iter().map(|entry| {
+            let index = entry["index"].as_u64().unwrap() as usize;
+            (expected[index], entry["value"].as_f64().unwrap() as f32)
+        });
+        let (wanted, found): (Vec<f32>, Vec<f32>) = entries.unzip();
+        assert_close(&found, &wanted, &format!("{format:?}"));
+        let largest = expected.iter().copied().fold(f32::MIN, f32::max);
+        assert_eq!(wanted[0], largest);
+    }
+    cluster.stop().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_trace_has_every_node_and_its_transfers_on_one_axis() {
     use snn_runtime::watch::trace::{document, hidden};
@@ -531,6 +572,7 @@ async fn a_trace_has_every_node_and_its_transfers_on_one_axis() {
     let share = hidden.share().unwrap();
     assert!((0.0..=1.0).contains(&share), "{hidden:?}");
     let document = document(&lanes);
+    assert_eq!(document["otherData"]["hidden_share"].as_f64(), Some(share));
     let events = document["traceEvents"].as_array().unwrap();
     let count = |phase: &str| events.iter().filter(|event| event["ph"] == phase).count();
     assert_eq!((count("s"), count("f")), (hidden.transfers, hidden.transfers));

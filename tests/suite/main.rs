@@ -16,11 +16,14 @@ mod boards;
 mod commands;
 mod degrade;
 mod deploy;
+mod devices;
 mod equality;
 mod faults;
+mod garbage;
 mod http;
 mod overlap;
 mod processes;
+mod segment;
 mod survival;
 mod trust;
 

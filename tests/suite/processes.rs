@@ -115,12 +115,14 @@ pub(crate) struct NodeProcess {
 
 impl NodeProcess {
     pub(crate) fn start(shard: &Path, arguments: &[&str]) -> NodeProcess {
-        let mut process = Command::new(SNN_RUN)
-            .arg(shard)
-            .args(arguments)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut command = Command::new(SNN_RUN);
+        command.arg(shard).args(arguments);
+        NodeProcess::spawn(command)
+    }
+
+    /// The node that a command starts.
+    pub(crate) fn spawn(mut command: Command) -> NodeProcess {
+        let mut process = command.stderr(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(process.stderr.take().unwrap());
         NodeProcess { process, lines }
     }
@@ -201,6 +203,59 @@ fn nodes_started_by_hand_find_each_other_answer_and_end_cleanly() {
     let mut rest = String::new();
     first.lines.read_to_string(&mut rest).unwrap();
     assert_eq!(rest, "");
+}
+
+#[test]
+fn a_node_writes_its_trace_at_its_end() {
+    let net = net();
+    let folder = folder(&net, Some(&ring(&net, 2, Dtype::F16)), Nodes::PerGroup);
+    let files = [0, 1].map(|rank| folder.path().join(format!("trace_{rank}.json")));
+    let [one, two] = files.each_ref().map(|file| file.to_str().unwrap());
+    let mut first = NodeProcess::start(&folder.path().join("shard_0.onnx"), &["--trace", one]);
+    let address = first.address();
+    let shard = folder.path().join("shard_1.onnx");
+    let mut second =
+        NodeProcess::start(&shard, &["--peer", &address, "--trace", two, "--no-takeover"]);
+    while second.line() != "ready" {}
+    let input = folder.path().join("x.npy");
+    snn::run::input::write_npy(&input, &array(&image(&net, 0))).unwrap();
+    let asked = Command::new(SNN_RUN).args(["infer", "--node", &address]).arg(&input).output();
+    assert!(asked.unwrap().status.success());
+    for (rank, (node, file)) in [&mut second, &mut first].into_iter().zip([two, one]).enumerate() {
+        kill(node.process.id(), "-TERM");
+        let said = node.rest();
+        assert!(node.process.wait().unwrap().success());
+        assert!(
+            said.contains(&format!("{file}: both ends of no transfer were recorded")),
+            "{said}"
+        );
+        let trace: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+        let events = trace["traceEvents"].as_array().unwrap();
+        let of = |category: &str| events.iter().filter(|event| event["cat"] == category).count();
+        assert!(of("compute") > 0 && of("codec") > 0, "{trace}");
+        // Where requests begin they are recorded as well.
+        assert_eq!(of("request"), 2 * rank);
+    }
+}
+
+#[test]
+fn http_beyond_this_machine_takes_the_users_word() {
+    let net = net();
+    let folder = folder(&net, None, Nodes::Even(1));
+    let shard = folder.path().join("shard_0.onnx");
+    let mut refused = NodeProcess::start(&shard, &["--http", "0.0.0.0:0"]);
+    let said = refused.rest();
+    assert_eq!(refused.code(), Some(2));
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(said.contains(": http on 0.0.0.0:"), "{said}");
+    assert!(said.ends_with("asks nobody who he is; give a port of this machine only, behind a proxy, or --insecure\n"), "{said}");
+    let mut allowed = NodeProcess::start(&shard, &["--http", "0.0.0.0:0", "--insecure"]);
+    assert!(allowed.line().starts_with("http://0.0.0.0:"));
+    assert!(allowed.line().ends_with("is not encrypted, and asks nobody who he is"));
+    let mut local = Command::new(SNN_RUN);
+    let local = local.arg("--local").arg(folder.path()).args(["--http", "0.0.0.0:0"]);
+    assert_eq!(local.output().unwrap().status.code(), Some(2));
 }
 
 #[test]

@@ -23,7 +23,7 @@ fn net() -> Net {
     residual(2, &[2], 8)
 }
 
-fn write_key(path: &Path, key: &ClusterKey) {
+pub(crate) fn write_key(path: &Path, key: &ClusterKey) {
     use std::os::unix::fs::PermissionsExt as _;
     std::fs::write(path, key.to_pem()).unwrap();
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
