@@ -32,7 +32,7 @@ pub(super) async fn agent(agent: args::Agent) -> Result<ExitCode> {
         given.clone().unwrap_or_else(|| format!("{host}:{port}"))
     };
     let claimed = match &agent.http {
-        Some(settings) => Some(http::claim(settings).await?),
+        Some(settings) => Some(http::claim(settings, agent.insecure).await?),
         None => None,
     };
     let serve = Options {

@@ -41,6 +41,7 @@ impl Launcher for Keeper {
             peers: order.peers,
             threads: self.threads,
             http: None,
+            insecure: false, // it serves no HTTP
             trace: false,
             device: Some(Device {
                 listen: order.listen,

@@ -152,7 +152,9 @@ fn quoted_list(words: &[String]) -> String {
 fn command(bundle: &Bundle, rank: usize, key: &str, name: impl Fn(usize) -> String) -> Vec<String> {
     let shard = format!("/shards/{}", bundle.manifest.nodes[rank].shard);
     let (listen, http) = (format!("0.0.0.0:{PORT}"), format!("0.0.0.0:{HTTP_PORT}"));
-    let fixed = ["snn-run", &shard, "--key", key, "--listen", &listen, "--http", &http];
+    // The container's own network is what its HTTP is open to.
+    let fixed =
+        ["snn-run", &shard, "--key", key, "--listen", &listen, "--http", &http, "--insecure"];
     let mut command: Vec<String> = fixed.iter().map(|&word| word.to_owned()).collect();
     for other in (0..bundle.manifest.nodes.len()).filter(|&other| other != rank) {
         command.extend(["--peer".to_owned(), format!("{}:{PORT}", name(other))]);
