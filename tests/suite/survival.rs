@@ -2,7 +2,7 @@
 
 use snn_compiler::Nodes;
 
-use crate::devices::{Devices, any_rank, ask_through, die_and_return, net, policy_of};
+use crate::devices::{Devices, ask_through, die_and_return, net, policy_of};
 use crate::folder;
 
 fn devices() -> Devices {
