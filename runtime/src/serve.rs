@@ -14,7 +14,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use snn_schemas::metadata::ShardInfo;
@@ -55,6 +55,10 @@ const FETCH_AGAIN: Duration = Duration::from_millis(500);
 /// Pause before a rank that could not be taken over is tried again.
 const TAKE_AGAIN: Duration = Duration::from_secs(1);
 
+/// How long after a node came or went its peers may still disagree about their links, and lose frames
+/// by it: a handshake's time, twice.
+const SETTLE: Duration = Duration::from_secs(3);
+
 /// Makes an engine for a rank, on the thread that computes.
 pub type EngineMaker = Arc<dyn Fn() -> Box<dyn Engine> + Send + Sync>;
 
@@ -85,8 +89,30 @@ struct Process {
     info: ShardInfo,
     shelf: Shelf,
     homes: watch::Receiver<Homes>,
+    reruns: Reruns,
     ranks: Mutex<BTreeMap<usize, Computed>>,
     takeovers: Mutex<u64>,
+}
+
+/// When a request that failed is run again from its inputs.
+#[derive(Clone, Default)]
+struct Reruns {
+    /// Whether anything can have changed for the better once a node is lost.
+    can_go_on: bool,
+    /// When a node came or went, if one ever did.
+    changed: Arc<Mutex<Option<Instant>>>,
+}
+
+impl Reruns {
+    fn note_change(&self) {
+        *self.changed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// Whether a node has come or gone since shortly before `start`.
+    fn unsettled_since(&self, start: Instant) -> bool {
+        let changed = *self.changed.lock().unwrap_or_else(PoisonError::into_inner);
+        changed.is_some_and(|changed| changed + SETTLE > start)
+    }
 }
 
 /// A rank that this process computes.
@@ -113,8 +139,11 @@ impl Server {
         let (homes, watch) = link.homes(&info.split).await?;
         let shelf = Shelf::new(&shard, bytes);
         let (ranks, takeovers) = Default::default();
+        let can_go_on = options.takeover || options.degrade.is_some();
+        let reruns = Reruns { can_go_on, ..Reruns::default() };
         let process =
-            Arc::new(Process { link, engines, options, info, shelf, homes, ranks, takeovers });
+            Process { link, engines, options, info, shelf, homes, reruns, ranks, takeovers };
+        let process = Arc::new(process);
         process.compute(&shard, Role::Home).await?;
         let mut tasks = JoinSet::new();
         let questions = queryable(&process.link, &shard_key(&process.info.split, "*")).await?;
@@ -229,8 +258,8 @@ impl Process {
         node.connect(Arc::clone(&transport) as Arc<dyn Transport>);
         let node = Arc::new(node);
         let mut answering = JoinSet::new();
-        let asked = answer(self.link.clone(), shard.clone(), Arc::clone(&node), self.options);
-        answering.spawn(asked);
+        let reruns = self.reruns.clone();
+        answering.spawn(answer(self.link.clone(), shard.clone(), Arc::clone(&node), reruns));
         self.ranks().insert(info.rank, Computed { node, answering, transport });
         Ok(())
     }
@@ -258,6 +287,7 @@ impl Process {
         let own = self.link.id();
         loop {
             let view = homes.borrow_and_update().clone();
+            self.reruns.note_change();
             let mine = hosts(nodes, &view).into_iter().filter(|(_, who)| who.contains(&own));
             let wanted: BTreeSet<usize> = mine.map(|(rank, _)| rank).collect();
             let held: BTreeSet<usize> = self.ranks().keys().copied().collect();
@@ -383,8 +413,8 @@ fn read_chunk(bytes: &Bytes) -> Option<(usize, Bytes)> {
 }
 
 /// Answers whoever asks a rank, as long as it is computed here.
-async fn answer(link: Link, shard: Shard, node: Arc<Node>, options: ServerOptions) {
-    if let Err(error) = try_answer(&link, &shard, &node, options).await {
+async fn answer(link: Link, shard: Shard, node: Arc<Node>, reruns: Reruns) {
+    if let Err(error) = try_answer(&link, &shard, &node, reruns).await {
         tracing::warn!(%error, "nobody can ask this rank");
     }
 }
@@ -393,7 +423,7 @@ async fn try_answer(
     link: &Link,
     shard: &Shard,
     node: &Arc<Node>,
-    options: ServerOptions,
+    reruns: Reruns,
 ) -> Result<(), ServeError> {
     let info = shard.identity();
     let reports = queryable(link, &report_key(&info.split, info.rank)).await?;
@@ -420,7 +450,7 @@ async fn try_answer(
     let described = Bytes::from(serde_json::to_vec(&described)?);
     let about = queryable(link, &info_key(&info.split)).await?;
     let asked = queryable(link, &infer_key(&info.split)).await?;
-    tokio::join!(watched, answer_info(about, described), answer_questions(asked, node, options),);
+    tokio::join!(watched, answer_info(about, described), answer_questions(asked, node, reruns),);
     Ok(())
 }
 
@@ -461,24 +491,24 @@ async fn answer_watchers(questions: Questions, node: &Node, answer: fn(&Node) ->
     }
 }
 
-async fn answer_questions(questions: Questions, node: &Arc<Node>, options: ServerOptions) {
+async fn answer_questions(questions: Questions, node: &Arc<Node>, reruns: Reruns) {
     let mut asked = JoinSet::new();
     let key = questions.key_expr().to_string();
     while let Ok(query) = questions.recv_async().await {
         while asked.try_join_next().is_some() {}
-        let (node, key) = (Arc::clone(node), key.clone());
+        let (node, key, reruns) = (Arc::clone(node), key.clone(), reruns.clone());
         let is_full = asked.len() >= MAX_ASKED;
         asked.spawn(async move {
             let answer = match is_full {
                 true => Reply::Failure(format!("{MAX_ASKED} questions are being answered already")),
-                false => answer_question(&query, &node, options).await,
+                false => answer_question(&query, &node, &reruns).await,
             };
             reply(&query, key, answer.encode()).await;
         });
     }
 }
 
-async fn answer_question(query: &Query, node: &Node, options: ServerOptions) -> Reply {
+async fn answer_question(query: &Query, node: &Node, reruns: &Reruns) -> Reply {
     let question = query.payload().ok_or(wire::WireError::NoFrame).and_then(|payload| {
         let too_large = wire::WireError::TooLarge { bytes: payload.len() };
         Infer::decode(into_bytes(payload).ok_or(too_large)?)
@@ -487,7 +517,7 @@ async fn answer_question(query: &Query, node: &Node, options: ServerOptions) -> 
         Err(error) => Reply::Failure(error.to_string()),
         Ok(Infer { within, inputs }) => {
             let within = within.min(MAX_WITHIN);
-            match infer(node, inputs, within, options).await {
+            match infer(node, inputs, within, reruns).await {
                 Ok(answer) => Reply::Answer(answer),
                 Err(error) => Reply::Failure(error.to_string()),
             }
@@ -496,23 +526,30 @@ async fn answer_question(query: &Query, node: &Node, options: ServerOptions) -> 
 }
 
 /// Runs a request; from its inputs again where a node was lost meanwhile, and another stands in or
-/// the others may go on without it.
+/// the others may go on without it. A request that ran out of time while nodes came and went is given
+/// its time once more: frames are lost, too, where two nodes disagree on whether their link stands.
 async fn infer(
     node: &Node,
     inputs: Vec<wire::Tensor>,
     within: Duration,
-    options: ServerOptions,
+    reruns: &Reruns,
 ) -> Result<wire::Answer, InferError> {
+    let start = Instant::now();
     let mut attempts = 1;
-    let can_go_on = options.takeover || options.degrade.is_some();
+    let mut was_late = false;
     loop {
-        match node.infer(inputs.clone(), within).await {
-            Err(InferError::PeerLost { reason }) if can_go_on && attempts < MAX_ATTEMPTS => {
-                tracing::debug!(reason, "request is run again");
-                attempts += 1;
-            }
+        let error = match node.infer(inputs.clone(), within).await {
+            Err(error) if reruns.can_go_on && attempts < MAX_ATTEMPTS => error,
             answer => return answer,
+        };
+        let late = matches!(error, InferError::Late { .. } | InferError::Missing { .. });
+        match error {
+            InferError::PeerLost { .. } => {}
+            _ if late && !was_late && reruns.unsettled_since(start) => was_late = true,
+            _ => return Err(error),
         }
+        tracing::debug!(%error, "request is run again");
+        attempts += 1;
     }
 }
 
