@@ -3,6 +3,7 @@
 //! Takes a policy and a [`Placed`] graph with its cuts; gives the figures of the manifest. The
 //! paper's measure counts sends; wire bytes are real. They are kept side by side and never mixed.
 
+use snn_schemas::cost::Piece;
 use snn_schemas::manifest::{Cost, PaperCost, WireCost};
 use snn_schemas::{Dtype, Policy};
 
@@ -83,6 +84,25 @@ pub(crate) fn work(graph: &Graph, actions: &[Action]) -> Work {
         parameters: work.parameters + parameters(graph, graph.op(id)),
         flops: work.flops + flops(graph, id),
     })
+}
+
+/// What a node that does `actions` computes, sends and receives, in order: ops between two transfers
+/// as one piece.
+pub(crate) fn schedule(graph: &Graph, actions: &[Action]) -> Vec<Piece> {
+    let mut pieces: Vec<Piece> = Vec::new();
+    for action in actions {
+        let piece = match *action {
+            Action::Compute(op) => Piece::Compute(flops(graph, op)),
+            Action::Send(cut) => Piece::Send(cut as u32),
+            Action::Receive(cut) => Piece::Receive(cut as u32),
+        };
+        match (pieces.last_mut(), piece) {
+            (Some(Piece::Compute(sum)), Piece::Compute(flops)) => *sum += flops,
+            (_, Piece::Compute(0)) => {}
+            _ => pieces.push(piece),
+        }
+    }
+    pieces
 }
 
 fn constants<'a>(graph: &'a Graph, op: &'a Op) -> impl Iterator<Item = u64> + 'a {

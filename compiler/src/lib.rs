@@ -24,6 +24,7 @@ mod shapes;
 
 use sha2::{Digest, Sha256};
 use snn_schemas::Policy;
+use snn_schemas::cost::Piece;
 use snn_schemas::manifest::{BlockEntry, MANIFEST_VERSION, Manifest, NodeEntry, Port, Transfer};
 use snn_schemas::metadata::ShardInfo;
 
@@ -191,8 +192,13 @@ fn split(source: &Source, model: &Model, placed: Placed, policy: Option<&PolicyS
             Some(_) => shards::verbatim(source, &placed.graph, &info(rank), actions),
         })
         .collect();
+    let schedules = shards.iter().map(|shard| cost::schedule(&placed.graph, &shard.actions));
+    let schedules: Vec<Vec<Piece>> = schedules.collect();
     let work = shards.iter().map(|shard| cost::work(&placed.graph, &shard.actions)).collect();
-    let manifest = manifest(&placed, &cuts, &info(0), metadata, policy);
+    let mut manifest = manifest(&placed, &cuts, &info(0), metadata, policy);
+    for (node, schedule) in manifest.nodes.iter_mut().zip(schedules) {
+        node.schedule = schedule;
+    }
     Split { shards, work, manifest, placed, cuts }
 }
 
@@ -223,6 +229,7 @@ fn manifest(
         shard: format!("shard_{rank}.onnx"),
         sha256: String::new(),
         address: None,
+        schedule: Vec::new(),
     };
     Manifest {
         version: MANIFEST_VERSION,

@@ -1,9 +1,9 @@
 //! What crosses a file or process boundary in `snn`, and nothing else.
 //!
 //! Takes and gives bytes: ONNX models ([`onnx`]), communication policies ([`policy`]), cluster
-//! manifests ([`manifest`]) and wire frames ([`wire`]). Reading untrusted bytes gives an error of one
-//! sentence or a value whose documented rules hold; it never panics and never allocates more than
-//! the bytes justify. The crate does no I/O.
+//! manifests ([`manifest`]) and wire frames ([`wire`]); [`cost`] reckons what a placement
+//! takes in time. Reading untrusted bytes gives an error of one sentence or a value whose documented
+//! rules hold; it never panics and never allocates more than the bytes justify. The crate does no I/O.
 
 pub mod onnx;
 pub mod policy;
@@ -12,6 +12,8 @@ pub mod manifest;
 pub mod metadata;
 
 pub mod wire;
+
+pub mod cost;
 
 /// Most groups, and so most nodes, a network may have. Eight groups already have 40,320 decisions a
 /// step; devices beyond that are better served by a second cluster.

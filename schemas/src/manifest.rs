@@ -10,6 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::MAX_GROUPS;
+use crate::cost::Piece;
 use crate::policy::Dtype;
 
 /// File name of the manifest inside the folder of a split.
@@ -91,6 +92,10 @@ pub struct NodeEntry {
     /// Where the node listens (`tcp/192.168.1.11:7447`), for networks without discovery.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<String>,
+    /// What the node does for one request, in order: operations computed, transfers sent and received;
+    /// what a prediction of its time needs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub schedule: Vec<Piece>,
 }
 
 /// A block of the trunk.
@@ -247,6 +252,23 @@ impl Manifest {
                 return Err(ManifestError::Bytes { id: transfer.id, bytes: transfer.bytes });
             }
         }
+        self.check_schedules()
+    }
+
+    fn check_schedules(&self) -> Result<(), ManifestError> {
+        let pieces =
+            self.nodes.iter().flat_map(|node| node.schedule.iter().map(|p| (node.rank, p)));
+        for (rank, piece) in pieces {
+            let (id, end): (_, fn(&Transfer) -> usize) = match *piece {
+                Piece::Compute(_) => continue,
+                Piece::Send(id) => (id, |transfer| transfer.from),
+                Piece::Receive(id) => (id, |transfer| transfer.to),
+            };
+            let transfer = self.transfers.get(id as usize);
+            if !transfer.is_some_and(|t| t.id == id && end(t) == rank) {
+                return Err(ManifestError::Schedule { rank, id });
+            }
+        }
         Ok(())
     }
 
@@ -330,6 +352,14 @@ pub enum ManifestError {
         step: usize,
         /// Blocks listed.
         blocks: usize,
+    },
+    /// A schedule that sends or receives what the node does not.
+    #[error("schedule of rank {rank}: transfer t{id} is not its own")]
+    Schedule {
+        /// The node.
+        rank: usize,
+        /// The transfer.
+        id: u32,
     },
     /// A shard path that leaves the manifest's folder.
     #[error("shard of rank {rank} is {path:?}, expected a file name")]

@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 use serde_json::Map;
+use snn_schemas::cost::Piece;
 use snn_schemas::manifest::{
     BlockEntry, Cost, MANIFEST_VERSION, MAX_MANIFEST_BYTES, NodeEntry, PaperCost, Port, Transfer,
     WireCost,
@@ -26,6 +27,14 @@ fn transfer(id: u32, from: usize, to: usize, shape: [usize; 4], half: bool) -> T
     }
 }
 
+/// What a node sends, something computed, what it receives; of transfers whose numbers are their places.
+fn schedule(rank: usize, transfers: &[Transfer]) -> Vec<Piece> {
+    let numbered = || (0..).zip(transfers).filter(|(place, t)| t.id == *place).map(|(_, t)| t);
+    let sends = numbered().filter(|t| t.from == rank).map(|t| Piece::Send(t.id));
+    let receives = numbered().filter(|t| t.to == rank).map(|t| Piece::Receive(t.id));
+    sends.chain([Piece::Compute(1 << 40)]).chain(receives).collect()
+}
+
 /// A manifest of `nodes` nodes with transfers around.
 fn manifest(nodes: usize, transfers: Vec<Transfer>) -> Manifest {
     let port = |name: &str| Port { name: name.to_owned(), shape: vec![1, 3, 8, 8] };
@@ -34,6 +43,7 @@ fn manifest(nodes: usize, transfers: Vec<Transfer>) -> Manifest {
         shard: format!("shard_{rank}.onnx"),
         sha256: "0".repeat(64),
         address: (rank % 2 == 1).then(|| format!("tcp/192.168.1.{rank}:7447")),
+        schedule: schedule(rank, &transfers),
     };
     let block = |index: usize| BlockEntry {
         name: format!("stage1.{index}/out"),
@@ -82,7 +92,7 @@ fn refused(change: impl Fn(&mut Manifest)) -> String {
 
 #[test]
 fn faults_are_named() {
-    let cases: [(Change, &str); 13] = [
+    let cases: [(Change, &str); 15] = [
         (&|m| m.version = 2, "version 2, expected 1"),
         (&|m| m.nodes.clear(), "0 nodes, expected 1 to 8"),
         (&|m| m.nodes.swap(0, 1), "node 0 has rank 1, expected 0"),
@@ -101,6 +111,14 @@ fn faults_are_named() {
         (
             &|m| m.nodes[1].shard = "../shard_1.onnx".to_owned(),
             "shard of rank 1 is \"../shard_1.onnx\", expected a file name",
+        ),
+        (
+            &|m| m.nodes[0].schedule.push(Piece::Receive(0)),
+            "schedule of rank 0: transfer t0 is not its own",
+        ),
+        (
+            &|m| m.nodes[1].schedule.push(Piece::Send(9)),
+            "schedule of rank 1: transfer t9 is not its own",
         ),
     ];
     for (change, expected) in cases {
