@@ -10,6 +10,7 @@ mod fixtures;
 #[path = "../reference/mod.rs"]
 mod reference;
 
+mod cost;
 mod equality;
 mod errors;
 mod exporters;
