@@ -86,6 +86,11 @@ pub(crate) fn work(graph: &Graph, actions: &[Action]) -> Work {
     })
 }
 
+/// Floating-point operations of a graph's convolutions and matrix products.
+pub(crate) fn total(graph: &Graph) -> u64 {
+    graph.ops().filter(|&op| graph.op(op).proto.is_some()).map(|op| flops(graph, op)).sum()
+}
+
 /// What a node that does `actions` computes, sends and receives, in order: ops between two transfers
 /// as one piece.
 pub(crate) fn schedule(graph: &Graph, actions: &[Action]) -> Vec<Piece> {

@@ -124,6 +124,15 @@ pub fn compile(
     Ok(split)
 }
 
+/// Floating-point operations of a model's convolutions and matrix products as it stands, split or
+/// not: of everything in it, needed or not. A multiply-add counts as two.
+///
+/// # Errors
+/// What the first stage finds wrong with the model.
+pub fn flops(source: &Source, input_shape: Option<&[usize]>) -> Result<u64, CompileError> {
+    Ok(cost::total(&read(source, input_shape)?.graph))
+}
+
 /// Stage 2, or the model undivided where a single node takes a model without groups.
 fn group(
     model: &Model,

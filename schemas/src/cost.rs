@@ -23,6 +23,9 @@ use crate::{Manifest, Policy};
 /// shaper and an interface's counters count them (14 + 20 + 32).
 const PACKET_OVERHEAD: f64 = 66.0 / 1448.0;
 
+/// Bits a second of a link on which only travel takes time: a gigabyte in eight nanoseconds.
+const UNLIMITED: f64 = 1e18;
+
 /// A computing device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Device {
@@ -70,9 +73,9 @@ impl FromStr for Device {
 }
 
 /// A device's link to the others, the same in both directions.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Link {
-    /// Bits a second in each direction, headers included; infinite where only travel takes time.
+    /// Bits a second in each direction, headers included.
     pub bits_per_second: f64,
     /// Time there and back of an empty packet.
     pub round_trip: Duration,
@@ -101,7 +104,7 @@ impl FromStr for Link {
         let wrong = || CostError::Link { found: text.to_owned() };
         let (rate, travel) = text.split_once(',').unwrap_or((text, "0ms"));
         let bits_per_second = match rate.trim() {
-            "unlimited" => f64::INFINITY,
+            "unlimited" => UNLIMITED,
             rate => {
                 let units = [("kbit", 1e3), ("mbit", 1e6), ("gbit", 1e9)];
                 quantity(rate, &units).filter(|&bits| bits >= 1.0).ok_or_else(wrong)?

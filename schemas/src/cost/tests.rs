@@ -114,7 +114,7 @@ fn devices_and_links_are_read_as_people_write_them() {
     assert_eq!((link.bits_per_second, link.round_trip), (300e6, Duration::from_micros(300)));
     assert_eq!("1gbit".parse::<Link>().unwrap().round_trip, Duration::ZERO);
     let unlimited: Link = "unlimited,2ms".parse().unwrap();
-    assert_eq!(unlimited.occupied(u64::MAX), Duration::ZERO);
+    assert!(unlimited.occupied(1 << 30) < Duration::from_micros(1));
     for wrong in ["", "5", "gflops", "-5gflops", "0gflops", "nangflops", "infgflops"] {
         assert!(wrong.parse::<Device>().is_err(), "{wrong}");
     }
