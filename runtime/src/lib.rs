@@ -15,6 +15,8 @@ pub mod shard;
 pub mod engine;
 mod fuse;
 pub mod kernels;
+mod pause;
+pub mod profile;
 
 pub mod key;
 pub mod mailbox;

@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use snn_schemas::cost;
 use snn_schemas::metadata::ShardInfo;
 use snn_schemas::wire::{self, Infer, Reply};
 use tokio::sync::watch;
@@ -33,6 +34,7 @@ use crate::node::{InferError, Node, NodeReport, StartError};
 use crate::shard::{Shard, ShardError};
 use crate::shelf::Shelf;
 use crate::transport::Transport;
+use crate::transport::shaped::Port;
 use crate::transport::zenoh::{
     Identity, Link, LinkError, Watch, ZenohTransport, into_bytes, one_line, session_error,
 };
@@ -72,6 +74,8 @@ pub struct ServerOptions {
     /// How long it waits for a tensor before it goes on without it; until the request's end where
     /// there is no such time.
     pub degrade: Option<Duration>,
+    /// The link that its frames are slowed down to, for trying out a network that is not there.
+    pub link: Option<cost::Link>,
 }
 
 /// A process on the network.
@@ -254,8 +258,14 @@ impl Process {
         if let Some(wait) = self.options.degrade {
             node.degrade_after(wait);
         }
-        let transport = Arc::new(self.link.join(&identity, node.sink()).await?);
-        node.connect(Arc::clone(&transport) as Arc<dyn Transport>);
+        let port = self.options.link.map(Port::new).transpose().map_err(ServeError::Thread)?;
+        let sink = port.as_ref().map_or(node.sink(), |port| port.sink(node.sink()));
+        let transport = Arc::new(self.link.join(&identity, sink).await?);
+        let outwards = Arc::clone(&transport) as Arc<dyn Transport>;
+        node.connect(match port {
+            Some(port) => Arc::new(port.transport(outwards)),
+            None => outwards,
+        });
         let node = Arc::new(node);
         let mut answering = JoinSet::new();
         let reruns = self.reruns.clone();
@@ -566,6 +576,9 @@ pub enum ServeError {
     /// The network cannot be used.
     #[error(transparent)]
     Link(#[from] LinkError),
+    /// The system gives no thread for a slowed link.
+    #[error("no thread for the link: {0}")]
+    Thread(#[source] std::io::Error),
     /// The description of the model cannot be written.
     #[error("description: {0}")]
     Json(#[from] serde_json::Error),

@@ -8,6 +8,9 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Parser, Subcommand};
 
+use snn_schemas::cost::Link;
+
+use super::emulation;
 use super::http::Settings;
 
 /// Longest `--timeout`, in seconds: a week; beyond it is a mistake.
@@ -33,6 +36,10 @@ Examples:
       snn-run --local net.shards --http 8000
   Wait on a device for what \"snnc deploy\" sends:
       snn-run --agent --key cluster.key --dir /var/lib/snn
+  The same as four devices of 5 GFLOP/s would, on links of 300 Mbit/s:
+      snn-run --local net.shards --repeat 100 --device 5gflops --link 300mbit,0.3ms
+  How fast this device is, for that and for snnc cost:
+      snn-run --profile --json > device.json
   Ask a running cluster, at any of its nodes:
       snn-run infer --node 192.168.1.11:7447 cat.png
 
@@ -51,7 +58,7 @@ Example:
     after_help = NODE_HELP,
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
-    group(ArgGroup::new("what").required(true).args(["shard", "local", "agent"])),
+    group(ArgGroup::new("what").required(true).args(["shard", "local", "agent", "profile"])),
 )]
 pub struct Args {
     #[command(subcommand)]
@@ -72,6 +79,19 @@ pub struct Args {
     /// Compute threads of a node
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=MAX_THREADS))]
     threads: u16,
+
+    /// Measure how fast this device computes
+    #[arg(long, conflicts_with_all = ["device", "link"])]
+    profile: bool,
+
+    /// Compute as slowly as this device: its speed (5gflops), a file of --profile --json, or how often slower
+    /// than this one (20x)
+    #[arg(long, value_name = "DEVICE", value_parser = emulation::device, conflicts_with = "agent", help_heading = "Emulating a small device")]
+    device: Option<emulation::Slower>,
+
+    /// Send and receive as slowly as on this link: its rate in each direction and its round trip
+    #[arg(long, value_name = "LINK", value_parser = emulation::link, conflicts_with = "agent", help_heading = "Emulating a small device")]
+    link: Option<Link>,
 
     /// Address to listen on [default: the node's in cluster.json, else 127.0.0.1 and a free port; an
     /// agent's is port 7448]
@@ -240,6 +260,10 @@ pub struct Node {
     pub http: Option<Settings>,
     /// Where to write what happened when.
     pub trace: Option<PathBuf>,
+    /// The device to be as slow as.
+    pub device: Option<emulation::Slower>,
+    /// The link to be as slow as.
+    pub link: Option<Link>,
 }
 
 /// Wait for work.
@@ -286,11 +310,26 @@ pub struct Local {
     pub insecure: bool,
     /// Where to write what happened when.
     pub trace: Option<PathBuf>,
+    /// The device to be as slow as.
+    pub device: Option<emulation::Slower>,
+    /// The link to be as slow as.
+    pub link: Option<Link>,
+}
+
+/// Measure this device.
+#[derive(Clone, Debug)]
+pub struct Profile {
+    /// Compute threads.
+    pub threads: usize,
+    /// Whether to print JSON.
+    pub json: bool,
 }
 
 /// What was asked for.
 #[derive(Debug)]
 pub enum Mode {
+    /// `snn-run --profile`
+    Profile(Profile),
     /// `snn-run SHARD.onnx`
     Node(Node),
     /// `snn-run --local DIR`
@@ -307,6 +346,9 @@ impl Args {
         let threads = usize::from(self.threads);
         let within = self.http_within;
         let http = self.http.map(|address| Settings { address, within });
+        if self.profile {
+            return Mode::Profile(Profile { threads, json: self.json });
+        }
         match (self.command, self.local) {
             (Some(Command::Infer(infer)), _) => Mode::Infer(infer),
             (None, Some(folder)) => Mode::Local(Local {
@@ -320,6 +362,8 @@ impl Args {
                 http,
                 insecure: self.insecure,
                 trace: self.trace,
+                device: self.device,
+                link: self.link,
             }),
             (None, None) if self.agent => Mode::Agent(Agent {
                 listen: self.listen,
@@ -332,7 +376,7 @@ impl Args {
                 http,
             }),
             (None, None) => Mode::Node(Node {
-                // The group "what" makes clap refuse a command line with neither.
+                // The group "what" makes clap refuse a command line with none of them.
                 shard: self.shard.unwrap_or_default(),
                 listen: self.listen,
                 peers: self.peer,
@@ -344,6 +388,8 @@ impl Args {
                 degrade: self.degrade.map(Duration::from_millis),
                 http,
                 trace: self.trace,
+                device: self.device,
+                link: self.link,
             }),
         }
     }
@@ -391,6 +437,9 @@ mod tests {
         assert!(
             matches!(mode("snn-run infer --node a:1 x.npy"), Mode::Infer(i) if i.node == ["a:1"])
         );
+        assert!(matches!(mode("snn-run --profile --json"), Mode::Profile(p) if p.json));
+        let line = "snn-run --local d --device 20x --link 300mbit,0.3ms";
+        assert!(matches!(mode(line), Mode::Local(l) if l.device.is_some() && l.link.is_some()));
     }
 
     #[test]
@@ -403,6 +452,11 @@ mod tests {
             "snn-run d/shard_1.onnx --timeout 0",
             "snn-run d/shard_1.onnx --timeout NaN",
             "snn-run --local d --repeat 0",
+            "snn-run --local d --device 0.5x",
+            "snn-run --local d --device 5mhz",
+            "snn-run --local d --link 300",
+            "snn-run --profile --local d",
+            "snn-run --profile --device 5gflops",
             "snn-run --local d --http 8000 --repeat 2",
             "snn-run --local d --http 8000 --input a.npy",
             "snn-run d/shard_1.onnx --http-within 3",

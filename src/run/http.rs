@@ -18,6 +18,7 @@ use snn_runtime::http::{Asker, Http, Limits};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::emulation::Emulation;
 use super::infer::input_spec;
 use super::local::{LocalCluster, LocalOptions};
 use super::{args, input, trace};
@@ -126,11 +127,13 @@ pub(super) fn warning(address: SocketAddr) -> Option<String> {
 /// Runs `snn-run --local DIR --http ADDR`: serves until stopped.
 pub(super) async fn local(local: args::Local) -> Result<ExitCode> {
     let folder = local.folder.display().to_string();
+    let emulation = Emulation::new(local.device.as_ref(), local.link, local.threads)?;
     let options = LocalOptions {
         threads: local.threads,
         http: local.http.clone(),
         insecure: local.insecure,
         trace: local.trace.is_some(),
+        emulation,
         ..LocalOptions::default()
     };
     let start = async { LocalCluster::start(&local.folder, options).await };

@@ -43,8 +43,9 @@ impl Launcher for Keeper {
             http: None,
             insecure: false, // it serves no HTTP
             trace: false,
+            emulation: Emulation::default(),
+            listen: Some(order.listen),
             device: Some(Device {
-                listen: order.listen,
                 key: self.key.clone(),
                 insecure: self.insecure,
                 cluster: order.version.as_str().to_owned(),

@@ -33,6 +33,7 @@ use snn_runtime::client::{Client, ClusterInfo};
 use snn_runtime::watch::trace::Aligned;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::emulation::Emulation;
 use super::http::Settings;
 use super::input::Array;
 use super::serve::{self, Progress, Setup};
@@ -72,6 +73,19 @@ pub struct LocalOptions {
     pub insecure: bool,
     /// Whether the nodes record what happens when.
     pub trace: bool,
+    /// What the nodes are slowed down to.
+    pub emulation: Emulation,
+    /// Where each node runs, by rank; all of them here, on the loopback interface, if there are none.
+    pub hosts: Vec<Host>,
+}
+
+/// Where a node of a local cluster runs: in a network of its own, say, on this machine.
+#[derive(Clone, Debug, Default)]
+pub struct Host {
+    /// Command that starts another command there (`ip netns exec NAME`); none for this very place.
+    pub launcher: Vec<OsString>,
+    /// Address to listen on there. Beyond the loopback interface anybody may take part.
+    pub listen: String,
 }
 
 impl Default for LocalOptions {
@@ -85,6 +99,8 @@ impl Default for LocalOptions {
             http: None,
             insecure: false,
             trace: false,
+            emulation: Emulation::default(),
+            hosts: Vec::new(),
         }
     }
 }
@@ -250,6 +266,9 @@ pub(super) struct Orders {
     /// Whether its HTTP may be open beyond this machine.
     pub(super) insecure: bool,
     pub(super) trace: bool,
+    pub(super) emulation: Emulation,
+    /// Address to listen on, where that is not the loopback interface.
+    pub(super) listen: Option<String>,
     /// For nodes of an agent, which serve other machines too.
     pub(super) device: Option<Device>,
 }
@@ -257,8 +276,6 @@ pub(super) struct Orders {
 /// What a node of an agent is told besides.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Device {
-    /// Address to listen on.
-    pub(super) listen: String,
     /// The cluster's key file.
     pub(super) key: Option<PathBuf>,
     /// Whether to listen beyond this machine without a key.
@@ -290,6 +307,8 @@ async fn start_children(
             insecure: options.insecure,
             trace: options.trace,
             device: None,
+            emulation: options.emulation,
+            listen: options.hosts.get(rank).map(|host| host.listen.clone()),
         };
         children.0.push(NodeProcess::spawn(rank, &orders, options, sender.clone())?);
         places.push(wait_listening(children, rank, news).await?);
@@ -434,7 +453,10 @@ impl NodeProcess {
             Some(path) => path.clone(),
             None => env::current_exe().context("own executable")?,
         };
-        let mut command = Command::new(&executable);
+        let launcher = options.hosts.get(rank).map_or(&[][..], |host| &host.launcher);
+        let mut words = launcher.iter().map(OsString::as_os_str).chain([executable.as_os_str()]);
+        let mut command = Command::new(words.next().unwrap_or_default());
+        command.args(words);
         // A child takes no arguments; the shard only tells readers of process lists who it is.
         command.args(&options.leading_args).arg(&orders.shard);
         command.env(ORDERS, serde_json::to_string(orders)?);
@@ -529,12 +551,12 @@ fn serve_child(orders: &Orders) -> Result<()> {
     let device = orders.device.as_ref();
     let setup = Setup {
         shard: orders.shard.clone(),
-        listen: device.map(|device| device.listen.clone()),
+        listen: orders.listen.clone(),
         peers: orders.peers.clone(),
         timeout: None,
         threads: orders.threads,
         key: device.and_then(|device| device.key.clone()),
-        insecure: device.is_some_and(|device| device.insecure),
+        insecure: device.map_or(orders.listen.is_some(), |device| device.insecure),
         cluster: device.map(|device| device.cluster.clone()),
         // Where a process of one machine dies, that is worth knowing, not hiding.
         takeover: device.is_some(),
@@ -543,6 +565,7 @@ fn serve_child(orders: &Orders) -> Result<()> {
         open_http: orders.insecure,
         trace: orders.trace,
         trace_file: None,
+        emulation: orders.emulation,
     };
     let tell = |progress: Progress<'_>| match progress {
         Progress::Listening(address) => say(&format!("listening {address}")),

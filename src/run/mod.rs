@@ -7,6 +7,7 @@
 
 mod agent;
 pub mod args;
+pub mod emulation;
 pub mod http;
 mod infer;
 pub mod input;
@@ -43,6 +44,7 @@ pub fn run(args: Args) -> ExitCode {
         Mode::Node(node) => block_on(serve::node(node)),
         Mode::Local(local) => block_on(report::local(local)),
         Mode::Agent(agent) => block_on(agent::agent(agent)),
+        Mode::Profile(profile) => emulation::profile(&profile),
         Mode::Infer(infer) => block_on(infer::infer(infer)),
     };
     done.unwrap_or_else(|error| {

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use snn_runtime::NodeReport;
 
 use super::args;
+use super::emulation::Emulation;
 use super::infer::{input_spec, single};
 use super::input::{self, Array};
 use super::local::{LocalCluster, LocalOptions};
@@ -63,7 +64,9 @@ async fn run(local: &args::Local) -> Result<ExitCode> {
     let requests = requests(local)?;
     let reference = local.check.as_deref().map(read_reference).transpose()?;
     let trace = local.trace.is_some();
-    let options = LocalOptions { threads: local.threads, trace, ..LocalOptions::default() };
+    let emulation = Emulation::new(local.device.as_ref(), local.link, local.threads)?;
+    let options =
+        LocalOptions { threads: local.threads, trace, emulation, ..LocalOptions::default() };
     let cluster = LocalCluster::start(&local.folder, options).await?;
     let outputs = answers(&cluster, &requests).await?;
     let measured = measure(&cluster, &requests, local.repeat).await?;

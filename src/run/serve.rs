@@ -17,11 +17,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
+use snn_runtime::Shard;
 use snn_runtime::serve::{Server, ServerOptions};
 use snn_runtime::transport::zenoh::{DEFAULT_LISTEN, Link, Options};
-use snn_runtime::{Engine, Shard, TractEngine};
 use snn_schemas::manifest::{MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest};
 
+use super::emulation::{self, Emulation};
 use super::{args, http, trace};
 
 /// Where a node listens that others may reach: on every interface, on a free port.
@@ -63,6 +64,8 @@ pub(super) struct Setup {
     pub(super) trace: bool,
     /// Where to write it at the end.
     pub(super) trace_file: Option<PathBuf>,
+    /// What it is slowed down to.
+    pub(super) emulation: Emulation,
 }
 
 /// How far a node has come.
@@ -82,7 +85,9 @@ pub(super) enum Progress<'a> {
 
 /// Runs `snn-run SHARD.onnx`.
 pub(super) async fn node(node: args::Node) -> Result<ExitCode> {
+    let emulation = Emulation::new(node.device.as_ref(), node.link, node.threads)?;
     let setup = Setup {
+        emulation,
         shard: node.shard,
         listen: node.listen,
         peers: node.peers,
@@ -174,10 +179,11 @@ async fn start(
     }
     let link = Link::open(&options).await.context("listen")?;
     tell(Progress::Listening(link.address()));
+    let Emulation { times, link: slowed } = setup.emulation;
     let threads = setup.threads;
-    let engines = Arc::new(move || Box::new(TractEngine::new(threads)) as Box<dyn Engine>);
+    let engines = Arc::new(move || emulation::engine(threads, times));
     let Setup { takeover, trace, degrade, .. } = *setup;
-    let options = ServerOptions { takeover, trace, degrade };
+    let options = ServerOptions { takeover, trace, degrade, link: slowed };
     let server = Server::start(link, bytes, engines, options).await.context("load")?;
     if let Some(manifest) = manifest.filter(|_| setup.takeover) {
         for node in manifest.nodes {

@@ -89,7 +89,7 @@ async fn with_slow_link(net: &Net, slow: usize) -> Cluster {
         move |member| {
             let member: Arc<dyn Transport> = Arc::new(member);
             match rank.fetch_add(1, Ordering::Relaxed) == slow {
-                true => Arc::new(Shaped::new(member, link)),
+                true => Arc::new(Shaped::new(member, link).unwrap()),
                 false => member,
             }
         },

@@ -28,7 +28,7 @@ async fn waits(staleness: usize) -> Vec<f64> {
     let engine = || Slowed { engine: TractEngine::new(1), pace: Pace::AtLeast(SEGMENT) };
     let link = Link { bits_per_second: 1e12, round_trip: 2 * TRAVEL };
     let transport =
-        move |member| Arc::new(Shaped::new(Arc::new(member), link)) as Arc<dyn Transport>;
+        move |member| Arc::new(Shaped::new(Arc::new(member), link).unwrap()) as Arc<dyn Transport>;
     let cluster = Cluster::start_with(&split, engine, transport).await;
     let input = image(&net, 0);
     let expected = reference::logits(&net, Some(&policy), input.data());

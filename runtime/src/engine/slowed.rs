@@ -1,21 +1,23 @@
 //! An engine made slower: a small device, emulated on a large one.
 //!
-//! Takes any engine and a factor; gives an engine that sleeps in proportion to what each segment
-//! really took, so that four slow nodes fit on two fast cores and their ratio to the link is that
-//! of the devices meant.
+//! Takes any engine and a factor; gives an engine that sleeps in proportion to what each segment really
+//! takes, so that four slow nodes fit on two fast cores and their ratio to the link is that of the
+//! devices meant. What a segment really takes is the least time it has taken so far: the device meant
+//! has its core to itself, and a disturbance here, which proportion would make a disturbance many times
+//! as long, is absorbed by the sleep. So the first requests, with cold caches, are slower than the rest.
 
-use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 
 use super::{Engine, EngineError, Executor, Job};
+use crate::pause;
 use crate::shard::{Program, Slot};
 
 /// How a slowed engine spends its time.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Pace {
-    /// Every segment takes this many times as long as it does here, at least 1.
+    /// Every segment takes this many times as long as it does here undisturbed, at least 1.
     Times(f64),
     /// Every segment takes at least this long.
     AtLeast(Duration),
@@ -32,13 +34,17 @@ pub struct Slowed<E> {
 
 impl<E: Engine> Engine for Slowed<E> {
     fn load(&mut self, program: &Program) -> Result<Box<dyn Executor>, EngineError> {
-        Ok(Box::new(SlowedExecutor { inner: self.engine.load(program)?, pace: self.pace }))
+        let inner = self.engine.load(program)?;
+        let least = vec![Duration::MAX; program.segments.len()];
+        Ok(Box::new(SlowedExecutor { inner, pace: self.pace, least }))
     }
 }
 
 struct SlowedExecutor {
     inner: Box<dyn Executor>,
     pace: Pace,
+    /// The least time each segment has taken.
+    least: Vec<Duration>,
 }
 
 impl Executor for SlowedExecutor {
@@ -59,10 +65,14 @@ impl Executor for SlowedExecutor {
         self.inner.compute(job, segment)?;
         let took = start.elapsed();
         let whole = match self.pace {
-            Pace::Times(factor) => took.mul_f64(factor.max(1.0)),
+            Pace::Times(factor) => {
+                let least = &mut self.least[segment];
+                *least = took.min(*least);
+                least.mul_f64(factor.max(1.0))
+            }
             Pace::AtLeast(least) => least,
         };
-        thread::sleep(whole.saturating_sub(took));
+        pause::until(start + whole);
         Ok(())
     }
 
