@@ -8,6 +8,7 @@ pub mod compile;
 
 pub mod run;
 
+pub mod chart;
 mod key;
 pub mod terminal;
 pub mod threads;

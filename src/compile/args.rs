@@ -6,12 +6,16 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
 use snn_compiler::{Nodes, Options};
+use snn_schemas::cost::{Device, Link};
+
+use crate::run::emulation;
 
 const HELP: &str = "\
 Example:
   snnc inspect model.onnx
   snnc split model.onnx --policy best.json
   snnc show model.shards --format svg -o partition.svg
+  snnc cost model.onnx --policy best.json --device 5gflops --link 300mbit,0.3ms
 
 Exit codes: 0 done, 2 error.";
 
@@ -33,6 +37,15 @@ Examples:
   snnc show model.shards
   snnc show model.shards -o partition.svg
   snnc show model.onnx --policy best.json --nodes 2";
+
+const COST_HELP: &str = "\
+Examples:
+  What four devices of 5 GFLOP/s make of it, on links of 300 Mbit/s and 0.3 ms there and back:
+      snnc cost model.onnx --policy best.json --device 5gflops --link 300mbit,0.3ms
+  The same for a device that snn-run --profile --json has measured:
+      snnc cost model.onnx --policy best.json --device device.json --link 1gbit,0.2ms
+  How fast devices may be for their links, for each staleness:
+      snnc cost model.onnx --policy best.json --sweep -o sweep.svg";
 
 const KEY_HELP: &str = "\
 Example:
@@ -69,6 +82,9 @@ pub(crate) enum Command {
     /// Say which groups and blocks a model has, or which op mixes its groups
     #[command(after_help = INSPECT_HELP)]
     Inspect(Inspect),
+    /// Predict latency and speed-up for a device and a link, before there are any
+    #[command(after_help = COST_HELP)]
+    Cost(Cost),
     /// Draw a partition: who computes what, and what crosses between nodes
     #[command(after_help = SHOW_HELP)]
     Show(Show),
@@ -251,6 +267,36 @@ pub(crate) enum Render {
     Compose,
     /// Manifests for kubectl apply.
     K8s,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Cost {
+    /// Model to split
+    #[arg(value_name = "MODEL.onnx")]
+    pub(crate) model: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) compile: Compile,
+
+    /// Speed of each device, as in 5gflops, or a file of snn-run --profile --json
+    #[arg(long, value_name = "DEVICE", default_value = "5gflops", value_parser = emulation::known)]
+    pub(crate) device: Device,
+
+    /// Rate of each device's link in each direction, and its round trip
+    #[arg(long, value_name = "LINK", default_value = "300mbit,0.3ms", value_parser = emulation::link)]
+    pub(crate) link: Link,
+
+    /// Draw which devices suit which links for each staleness, as SVG
+    #[arg(long, requires_all = ["policy", "output"], conflicts_with = "json")]
+    pub(crate) sweep: bool,
+
+    /// File that --sweep draws to
+    #[arg(short, long, value_name = "FILE.svg", requires = "sweep")]
+    pub(crate) output: Option<PathBuf>,
+
+    /// Print the prediction as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// A kind of picture.

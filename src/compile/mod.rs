@@ -1,10 +1,11 @@
-//! `snnc`: splits a model, looks into one, draws a partition, or deploys one.
+//! `snnc`: splits a model, looks into one, draws a partition, predicts what it costs, or deploys one.
 //!
 //! Takes parsed [`args::Args`] and gives the process's exit code. What the user asked for goes to
 //! standard output; errors go to standard error, one line each: file, stage, reason. Nothing is
 //! written to disk unless everything is.
 
 pub mod args;
+mod cost;
 mod deploy;
 mod inspect;
 mod key;
@@ -48,6 +49,7 @@ fn dispatch(args: &Args) -> Result<ExitCode> {
     match &args.command {
         Command::Split(split) => split::split(split)?,
         Command::Inspect(inspect) => inspect::inspect(inspect)?,
+        Command::Cost(cost) => cost::cost(cost)?,
         Command::Show(show) => show::show(show)?,
         Command::Deploy(deploy) => return deploy::deploy(deploy),
         Command::Key(args::Key::New(new)) => key::new(new)?,

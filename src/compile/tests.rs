@@ -233,3 +233,16 @@ fn every_command_has_help_with_an_example() {
         assert!(help.contains("Example") && help.contains(&format!("snnc {name} ")), "{help}");
     }
 }
+
+#[test]
+fn a_sweep_has_a_line_for_each_staleness_that_fits() {
+    let dir = folder();
+    let line = "cost model.onnx --policy best.json --sweep -o sweep.svg";
+    dispatch(&args(dir.path(), line)).expect("a chart");
+    let svg = fs::read_to_string(dir.path().join("sweep.svg")).expect("written");
+    for name in ["α = 1", "α = 2", "300 Mbit/s, 5 GFLOP/s"] {
+        assert!(svg.contains(name), "{name}");
+    }
+    // Three blocks a step would cross the stride after two.
+    assert!(!svg.contains("α = 3"));
+}

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use snn_runtime::agent::{Launched, Launcher, NodeOrder, NodeState};
 use tokio::sync::mpsc;
 
+use super::emulation::Emulation;
 use super::local::{Device, LocalOptions, News, NodeProcess, Orders, STOP_GRACE};
 
 /// Pauses before a node that has ended is started again: the first, and the longest.

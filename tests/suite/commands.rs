@@ -129,6 +129,27 @@ fn nobody_to_ask_is_an_error() {
     assert_eq!((said.lines().count(), output.status.code()), (1, Some(2)));
 }
 
+#[test]
+fn an_emulated_device_and_link_cost_time_and_no_answer() {
+    let (net, folder) = (net(), cluster());
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    write_npy(Path::new(&at("x.npy")), &array(&image(&net, 0))).unwrap();
+    let expected = reference::logits(&net, Some(&ring(&net, 1, Dtype::F16)), image(&net, 0).data());
+    write_npy(Path::new(&at("y.npy")), &Array { shape: vec![1, net.classes], data: expected })
+        .unwrap();
+    let (x, y) = (at("x.npy"), at("y.npy"));
+    let arguments = ["--input", &x, "--check", &y, "--json", "--device", "3x", "--link"];
+    let output = local(folder.path(), &[&arguments[..], &["1gbit,60ms"]].concat());
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    // The input travels for half of the round trip, and what comes back for the other half.
+    assert!(found["latency_ms"]["median"].as_f64().unwrap() > 60.0, "{found}");
+    let output = local(folder.path(), &["--device", "1000tflops"]);
+    let said = complaint(&output, folder.path());
+    let expected = "snn-run: --device: 1000000 GFLOP/s are more than the ";
+    assert!(said.starts_with(expected), "{said}");
+}
+
 /// The README cannot drift: what its console blocks show is what happens.
 #[test]
 fn the_readme_says_what_happens() {

@@ -1,0 +1,167 @@
+//! One link: one device, four in their namespaces, and four emulated, asked in turn.
+//!
+//! Takes its orders as JSON, inside the first namespace; prints what it has measured as JSON. The three
+//! clusters stand side by side and are asked one after another, so that whatever else the machine does
+//! meets all of them alike.
+
+use std::net::TcpStream;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use serde::{Deserialize, Serialize};
+use snn::run::emulation::Emulation;
+use snn::run::input::Array;
+use snn::run::local::{Host, LocalCluster, LocalOptions};
+use snn_runtime::NodeReport;
+use snn_runtime::watch::trace::hidden;
+use snn_schemas::cost::Link;
+
+/// Requests that are not counted: until every segment's least time is known.
+const WARM_UP: usize = 12;
+
+/// What is to be measured.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Orders {
+    pub(crate) split: PathBuf,
+    pub(crate) whole: PathBuf,
+    pub(crate) link: Link,
+    /// How often slower a device is than this machine.
+    pub(crate) times: f64,
+    pub(crate) requests: usize,
+    pub(crate) hosts: Vec<Place>,
+}
+
+/// A namespace.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Place {
+    pub(crate) namespace: String,
+    pub(crate) address: String,
+}
+
+/// What was measured on one link.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Measured {
+    pub(crate) one: Cluster,
+    pub(crate) four: Cluster,
+    pub(crate) emulated: Cluster,
+    /// Share of the transfers' travel during which their receivers computed.
+    pub(crate) hidden: Option<f64>,
+    /// Round trip between two namespaces without any delay added, in ms.
+    pub(crate) round_trip_ms: f64,
+}
+
+/// What a cluster took, a request.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Cluster {
+    /// Of each request, in ms.
+    pub(crate) latencies: Vec<f64>,
+    /// Means of each node, in ms.
+    pub(crate) nodes: Vec<NodeMeans>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct NodeMeans {
+    pub(crate) compute: f64,
+    pub(crate) waiting: f64,
+    pub(crate) codec: f64,
+    pub(crate) bytes_sent: f64,
+}
+
+pub(crate) fn measure_here(orders: &str) -> Result<()> {
+    let orders: Orders = serde_json::from_str(orders).context("orders")?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let measured = runtime?.block_on(measure(&orders))?;
+    println!("{}", serde_json::to_string(&measured)?);
+    Ok(())
+}
+
+async fn measure(orders: &Orders) -> Result<Measured> {
+    let times = Some(orders.times);
+    let round_trip = round_trip(orders)?;
+    // The namespaces have the rate; what they lack of the round trip is added in user space.
+    let lacking = orders.link.round_trip.saturating_sub(round_trip);
+    let delay = Link { bits_per_second: 1e18, round_trip: lacking };
+    let host = |place: &Place| Host {
+        launcher: ["ip", "netns", "exec", &place.namespace].map(Into::into).to_vec(),
+        listen: format!("{}:0", place.address),
+    };
+    let alone = LocalOptions {
+        emulation: Emulation { times, link: None },
+        trace: true,
+        ..LocalOptions::default()
+    };
+    let apart = LocalOptions {
+        emulation: Emulation { times, link: Some(delay) },
+        hosts: orders.hosts.iter().map(host).collect(),
+        ..alone.clone()
+    };
+    let emulated =
+        LocalOptions { emulation: Emulation { times, link: Some(orders.link) }, ..alone.clone() };
+    let one = LocalCluster::start(&orders.whole, alone).await.context("one device")?;
+    let four = LocalCluster::start(&orders.split, apart).await.context("four devices")?;
+    let emulated = LocalCluster::start(&orders.split, emulated).await.context("emulated")?;
+    let clusters = [one, four, emulated];
+    let input = noise(&clusters[0].info().inputs.first().context("the model has no input")?.shape);
+    for cluster in &clusters {
+        for _ in 0..WARM_UP {
+            cluster.infer(std::slice::from_ref(&input)).await?;
+        }
+    }
+    let mut before = Vec::new();
+    for cluster in &clusters {
+        before.push(cluster.reports().await?);
+    }
+    let mut latencies = [const { Vec::new() }; 3];
+    for _ in 0..orders.requests {
+        for (cluster, latencies) in clusters.iter().zip(&mut latencies) {
+            let start = Instant::now();
+            cluster.infer(std::slice::from_ref(&input)).await?;
+            latencies.push(1e3 * start.elapsed().as_secs_f64());
+        }
+    }
+    let mut measured = Vec::new();
+    for ((cluster, before), latencies) in clusters.iter().zip(&before).zip(latencies) {
+        measured.push(means(before, &cluster.reports().await?, latencies));
+    }
+    let hidden = hidden(&clusters[1].trace().await?).share();
+    for cluster in clusters {
+        cluster.stop().await?;
+    }
+    let round_trip_ms = 1e3 * round_trip.as_secs_f64();
+    let [one, four, emulated] =
+        <[Cluster; 3]>::try_from(measured).ok().context("three clusters")?;
+    Ok(Measured { one, four, emulated, hidden, round_trip_ms })
+}
+
+fn means(before: &[NodeReport], after: &[NodeReport], latencies: Vec<f64>) -> Cluster {
+    let count = latencies.len() as f64;
+    let node = |(before, after): (&NodeReport, &NodeReport)| NodeMeans {
+        compute: (after.compute_ms - before.compute_ms) / count,
+        waiting: (after.waiting_ms - before.waiting_ms) / count,
+        codec: (after.codec_ms - before.codec_ms) / count,
+        bytes_sent: (after.bytes_sent - before.bytes_sent) as f64 / count,
+    };
+    Cluster { nodes: before.iter().zip(after).map(node).collect(), latencies }
+}
+
+fn noise(shape: &[usize]) -> Array {
+    let value = |at: usize| (at * 7919 % 257) as f32 / 128.0 - 1.0;
+    Array { shape: shape.to_vec(), data: (0..shape.iter().product()).map(value).collect() }
+}
+
+/// How long a packet takes to the second namespace and back: a connection that is refused.
+fn round_trip(orders: &Orders) -> Result<Duration> {
+    let place = orders.hosts.get(1).context("one namespace is no network")?;
+    let address = format!("{}:9", place.address).parse()?;
+    let ask = || {
+        let start = Instant::now();
+        // Nobody listens there; the refusal is the answer.
+        let _ = TcpStream::connect_timeout(&address, Duration::from_secs(1));
+        start.elapsed()
+    };
+    let mut times: Vec<Duration> = (0..41).map(|_| ask()).collect();
+    times.sort();
+    Ok(times[times.len() / 2])
+}

@@ -1,0 +1,114 @@
+//! Four slow devices against one, in networks of their own: what splitting is worth on this machine.
+//!
+//! Makes four network namespaces on a bridge, shapes every interface with `tbf`, slows each node to a
+//! stated speed, and measures in turn, request by request: one device that runs the unsplit network, the
+//! four of them, and the same four emulated in user space. Beside them stand what the cost model predicts,
+//! stock tract and ONNX Runtime on one device. Writes `bench.json` and `bench.svg` (the paper's Figure 6).
+//! Needs root, `ip` and `tc`; ONNX Runtime (a Python package) is left out where it is not installed.
+//! `cargo run --release --example bench` takes about two minutes; README.md beside it says what it means.
+
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "it talks to whoever runs it")]
+
+#[path = "../../compiler/tests/fixtures/mod.rs"]
+#[allow(dead_code, unused_imports, reason = "the compiler's tests use all of it")]
+mod fixtures;
+mod links;
+mod models;
+mod namespaces;
+mod report;
+mod single;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use snn_schemas::cost::{Device, Link, Plan};
+
+use links::{Measured, Orders};
+use models::Models;
+use namespaces::Namespaces;
+use report::Report;
+use single::Single;
+
+/// Set in the process that measures inside the first namespace: its orders, as JSON.
+const ORDERS: &str = "SNN_BENCH_ORDERS";
+
+#[derive(Debug, Parser)]
+struct Args {
+    /// Separable model to split [default: Sep-ResNeXt-56 4x16d, untrained]
+    #[arg(long, requires = "policy")]
+    model: Option<PathBuf>,
+    /// Its policy [default: Table 6's with f16]
+    #[arg(long)]
+    policy: Option<PathBuf>,
+    /// Speed of each device
+    #[arg(long, default_value = "5gflops")]
+    device: Device,
+    /// Links to measure; the first 300mbit one is drawn
+    #[arg(long, default_values = ["1gbit,0.3ms", "300mbit,0.3ms", "100mbit,0.3ms"])]
+    link: Vec<Link>,
+    /// Requests of each kind, on each link
+    #[arg(long, default_value_t = 60)]
+    requests: usize,
+    /// Python with the package onnxruntime
+    #[arg(long, default_value = "python3")]
+    python: PathBuf,
+    /// Folder for bench.json and bench.svg
+    #[arg(short, long, default_value = ".")]
+    output: PathBuf,
+}
+
+fn main() -> ExitCode {
+    if let Some(code) = snn::run::local::serve_if_child() {
+        return code;
+    }
+    let done = match std::env::var(ORDERS) {
+        Ok(orders) => links::measure_here(&orders),
+        Err(_) => run(&Args::parse()),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    let models = Models::prepare(args.model.as_deref(), args.policy.as_deref())?;
+    eprintln!("one device: this engine, stock tract, ONNX Runtime …");
+    let single = Single::measure(&models, &args.python)?;
+    // How often slower a device is than this machine, by what this engine makes of the whole network.
+    let times = single.gflops(&models) / args.device.gflops;
+    let namespaces = Namespaces::make(models.nodes())?;
+    let mut measured: Vec<(Link, Measured)> = Vec::new();
+    for &link in &args.link {
+        eprintln!("four devices, {} Mbit/s …", link.bits_per_second / 1e6);
+        namespaces.shape(&link)?;
+        let orders = Orders {
+            split: models.split_folder(),
+            whole: models.whole_folder(),
+            link,
+            times,
+            requests: args.requests,
+            hosts: namespaces.hosts(),
+        };
+        measured.push((link, namespaces.run_in_first(ORDERS, &serde_json::to_string(&orders)?)?));
+    }
+    drop(namespaces);
+    let plan = Plan::of_manifest(&models.split.manifest).context("the split computes nothing")?;
+    let report = Report::new(args, (&models, &plan), (&single, times), &measured)?;
+    report.write(&args.output)?;
+    println!("{}", report.text());
+    Ok(())
+}
+
+/// The value below which the share `q` of the numbers lies; 0 of none.
+fn quantile(numbers: &[f64], q: f64) -> f64 {
+    let mut sorted = numbers.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let at = (q * sorted.len() as f64).ceil() as usize;
+    sorted.get(at.saturating_sub(1)).copied().unwrap_or(0.0)
+}

@@ -1,0 +1,253 @@
+//! What was measured beside what was predicted: JSON, a picture and a text.
+//!
+//! Takes measurements of all links; gives `bench.json` (with a description of the machine), `bench.svg`
+//! (where a request's time goes) and the lines that are printed.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use serde::Serialize;
+use serde_json::{Value, json};
+use snn::chart::{self, Bar, Frame};
+use snn_schemas::cost::{Device, Link, Plan};
+
+use crate::links::{Cluster, Measured};
+use crate::models::Models;
+use crate::single::Single;
+use crate::{Args, quantile};
+
+pub(crate) struct Report {
+    json: Value,
+    svg: String,
+    text: String,
+}
+
+/// What one link gave. Times in ms, shares 0 to 1.
+#[derive(Clone, Debug, Serialize)]
+struct Figures {
+    link_mbit: f64,
+    round_trip_ms: f64,
+    one_ms: f64,
+    four_ms: f64,
+    emulated_ms: f64,
+    /// Median of the ratios, request by request.
+    speed_up: f64,
+    predicted_ms: f64,
+    predicted_speed_up: f64,
+    /// Measured against predicted.
+    of_predicted: f64,
+    prediction_error: f64,
+    /// User space against namespaces.
+    emulation_error: f64,
+    predicted_hidden: Option<f64>,
+    hidden: Option<f64>,
+    /// Of the entry node: neither computing nor waiting.
+    other_share: f64,
+    predicted_compute_ms: Vec<f64>,
+    compute_ms: Vec<f64>,
+    predicted_waiting_ms: Vec<f64>,
+    waiting_ms: Vec<f64>,
+    codec_ms: Vec<f64>,
+    /// One device with ONNX Runtime against the four.
+    over_onnxruntime: Option<f64>,
+}
+
+impl Figures {
+    fn new(
+        (device, one_ms): (&Device, f64),
+        plan: &Plan,
+        (single, times): (&Single, f64),
+        (link, measured): &(Link, Measured),
+    ) -> Result<Figures> {
+        let predicted = plan.predict(std::slice::from_ref(device), link)?;
+        let Measured { one, four, emulated, hidden, .. } = measured;
+        let pairs = one.latencies.iter().zip(&four.latencies).map(|(one, four)| one / four);
+        let speed_up = quantile(&pairs.collect::<Vec<f64>>(), 0.5);
+        let four_ms = median(four);
+        let predicted_ms = 1e3 * predicted.latency;
+        let predicted_speed_up = one_ms / predicted_ms;
+        let entry = &four.nodes[plan.entry];
+        let mean = four.latencies.iter().sum::<f64>() / four.latencies.len() as f64;
+        Ok(Figures {
+            link_mbit: link.bits_per_second / 1e6,
+            round_trip_ms: 1e3 * link.round_trip.as_secs_f64(),
+            one_ms: median(one),
+            four_ms,
+            emulated_ms: median(emulated),
+            speed_up,
+            predicted_ms,
+            predicted_speed_up,
+            of_predicted: speed_up / predicted_speed_up,
+            prediction_error: predicted_ms / four_ms - 1.0,
+            emulation_error: median(emulated) / four_ms - 1.0,
+            predicted_hidden: predicted.hidden(),
+            hidden: *hidden,
+            other_share: 1.0 - (entry.compute + entry.waiting) / mean,
+            predicted_compute_ms: predicted.nodes.iter().map(|node| 1e3 * node.compute).collect(),
+            compute_ms: four.nodes.iter().map(|node| node.compute).collect(),
+            predicted_waiting_ms: predicted.nodes.iter().map(|node| 1e3 * node.waiting).collect(),
+            waiting_ms: four.nodes.iter().map(|node| node.waiting).collect(),
+            codec_ms: four.nodes.iter().map(|node| node.codec).collect(),
+            over_onnxruntime: single.best_onnxruntime().map(|best| best * times / four_ms),
+        })
+    }
+}
+
+fn median(cluster: &Cluster) -> f64 {
+    quantile(&cluster.latencies, 0.5)
+}
+
+impl Report {
+    pub(crate) fn new(
+        args: &Args,
+        (models, plan): (&Models, &Plan),
+        (single, times): (&Single, f64),
+        measured: &[(Link, Measured)],
+    ) -> Result<Report> {
+        let one_ms = 1e3 * args.device.seconds(models.flops);
+        let about = (&args.device, one_ms);
+        let figures: Vec<Figures> = measured
+            .iter()
+            .map(|link| Figures::new(about, plan, (single, times), link))
+            .collect::<Result<_>>()?;
+        let links: Vec<Value> = figures
+            .iter()
+            .zip(measured)
+            .map(|(figures, (_, measured))| json!({ "figures": figures, "measured": measured }))
+            .collect();
+        let json = json!({
+            "machine": machine(),
+            "device_gflops": args.device.gflops,
+            "times_slower": times,
+            "here_gflops": single.gflops(models),
+            "unsplit_flops": models.flops,
+            "single_ms_here": single,
+            "links": links,
+        });
+        let drawn = measured.iter().find(|(link, _)| link.bits_per_second == 300e6);
+        let drawn = drawn.or(measured.first()).context("no link was measured")?;
+        let svg = picture(args, plan, drawn)?;
+        let text = text(args, models, (single, times), &figures);
+        Ok(Report { json, svg, text })
+    }
+
+    pub(crate) fn write(&self, folder: &Path) -> Result<()> {
+        let write = |name: &str, text: &str| {
+            let path = folder.join(name);
+            fs::write(&path, text).with_context(|| path.display().to_string())
+        };
+        write("bench.json", &format!("{:#}\n", self.json))?;
+        write("bench.svg", &self.svg)
+    }
+
+    pub(crate) fn text(&self) -> &str {
+        &self.text
+    }
+}
+
+/// The paper's Figure 6: where a request's time goes.
+fn picture(args: &Args, plan: &Plan, (link, measured): &(Link, Measured)) -> Result<String> {
+    let bar = |name: &str, cluster: &Cluster, entry: usize| {
+        let node = &cluster.nodes[entry];
+        let mean = cluster.latencies.iter().sum::<f64>() / cluster.latencies.len() as f64;
+        let other = (mean - node.compute - node.waiting).max(0.0);
+        Bar { name: name.to_owned(), parts: vec![node.compute, node.waiting, other] }
+    };
+    let bars = [
+        bar("one device", &measured.one, 0),
+        bar("four devices", &measured.four, plan.entry),
+        bar("four, emulated", &measured.emulated, plan.entry),
+    ];
+    let (speed, rate) = (args.device.gflops, link.bits_per_second / 1e6);
+    let frame = Frame {
+        title: format!("A request on devices of {speed} GFLOP/s, {rate} Mbit/s"),
+        x: String::new(),
+        y: "ms".to_owned(),
+    };
+    chart::bars(&frame, &["compute", "waiting", "other"], &bars)
+}
+
+fn text(
+    args: &Args,
+    models: &Models,
+    (single, times): (&Single, f64),
+    figures: &[Figures],
+) -> String {
+    let mut text = String::new();
+    let device = |ms: f64| ms * times;
+    // Writing to a String cannot end in an error.
+    let _ = writeln!(
+        text,
+        "one device of {} GFLOP/s, the unsplit network ({:.0} MFLOPs; this machine is {times:.1} times as fast):\n  \
+         this engine {:.1} ms, stock tract {:.1} ms",
+        args.device.gflops,
+        models.flops as f64 / 1e6,
+        device(single.ours),
+        device(single.tract),
+    );
+    match single.best_onnxruntime() {
+        None => text += "  ONNX Runtime is not installed\n",
+        Some(best) => {
+            let _ =
+                writeln!(text, "  ONNX Runtime, with the faster network {:.1} ms", device(best));
+        }
+    }
+    for link in figures {
+        let percent = |share: f64| 100.0 * share;
+        let hidden =
+            |share: Option<f64>| share.map_or("-".to_owned(), |s| format!("{:.1} %", percent(s)));
+        let _ = writeln!(
+            text,
+            "\n{} Mbit/s, {} ms:\n  \
+             one {:.2} ms, four {:.2} ms, predicted {:.2} ms ({:+.1} %), emulated {:.2} ms ({:+.1} %)\n  \
+             speed-up {:.2}, predicted {:.2}: {:.1} % of it\n  \
+             hidden {}, predicted {}; other {:.1} % of the time",
+            link.link_mbit,
+            link.round_trip_ms,
+            link.one_ms,
+            link.four_ms,
+            link.predicted_ms,
+            percent(link.prediction_error),
+            link.emulated_ms,
+            percent(link.emulation_error),
+            link.speed_up,
+            link.predicted_speed_up,
+            percent(link.of_predicted),
+            hidden(link.hidden),
+            hidden(link.predicted_hidden),
+            percent(link.other_share),
+        );
+        if let Some(times) = link.over_onnxruntime {
+            let _ = writeln!(text, "  {times:.2} times as fast as one device with ONNX Runtime");
+        }
+        let list = |numbers: &[f64]| {
+            numbers.iter().map(|ms| format!("{ms:.2}")).collect::<Vec<_>>().join(" ")
+        };
+        let _ = writeln!(
+            text,
+            "  compute {} (predicted {})\n  waiting {} (predicted {})\n  codec   {}",
+            list(&link.compute_ms),
+            list(&link.predicted_compute_ms),
+            list(&link.waiting_ms),
+            list(&link.predicted_waiting_ms),
+            list(&link.codec_ms),
+        );
+    }
+    text
+}
+
+/// What the figures were measured on.
+fn machine() -> Value {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let cpus = read("/proc/cpuinfo");
+    let model = cpus.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();
+    json!({
+        "cpu": model.trim_start_matches(['\t', ' ', ':']),
+        "cores": std::thread::available_parallelism().map_or(0, |cores| cores.get()),
+        "instructions": format!("{:?}", snn_runtime::kernels::Isa::best()),
+        "kernel": read("/proc/sys/kernel/osrelease").trim(),
+        "snn": env!("CARGO_PKG_VERSION"),
+    })
+}
