@@ -167,12 +167,15 @@ fn sweep(args: &Cost) -> Result<()> {
     let (Some(path), Some(policy)) = (&args.output, &args.compile.policy) else { return Ok(()) };
     let policy = read_policy(policy)?;
     let mut lines = Vec::new();
+    let mut at_link = Vec::new();
     let mut left_out = Vec::new();
     for staleness in STALENESS {
         match plan_of(args, &policy, staleness)? {
             Some(plan) => {
                 let points = rates().map(|rate| Ok((rate, fastest(&plan, args, rate)?)));
                 let points: Vec<(f64, f64)> = points.collect::<Result<_>>()?;
+                let name = format!("α = {staleness}");
+                at_link.push((name, fastest(&plan, args, args.link.bits_per_second / 1e6)?));
                 lines.push(Line { name: format!("α = {staleness}"), points });
             }
             None => left_out.push(staleness.to_string()),
@@ -190,9 +193,11 @@ fn sweep(args: &Cost) -> Result<()> {
     let inside = (RATES.0..=RATES.1).contains(&rate);
     let svg = chart::lines(&frame, &lines, if inside { std::slice::from_ref(&mark) } else { &[] })?;
     fs::write(path, svg).with_context(|| format!("{}: write", path.display()))?;
-    for line in &lines {
-        let ratio = line.points.last().map_or(0.0, |&(rate, speed)| 1e3 * speed / rate);
-        print(format_args!("{}: {ratio:.1} operations a bit\n", line.name))?;
+    for (name, speed) in &at_link {
+        let ratio = 1e3 * speed / rate;
+        print(format_args!(
+            "{name}: up to {speed:.3} GFLOP/s at {rate} Mbit/s, {ratio:.2} operations a bit\n"
+        ))?;
     }
     if !left_out.is_empty() {
         let list = left_out.join(", ");

@@ -78,7 +78,7 @@ fn four_devices_are_as_fast_as_a_perfect_runtime_makes_them() {
     let expected = [("100mbit,0.3ms", 1.921), ("300mbit,0.3ms", 3.436), ("1gbit,0.3ms", 3.985)];
     for (link, expected) in expected {
         let found = speed_up(link);
-        assert!((found - expected).abs() < 0.001, "{link}: {found}");
+        assert!((found - expected).abs() < 0.005, "{link}: {found}");
     }
 }
 

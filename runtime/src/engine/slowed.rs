@@ -2,17 +2,24 @@
 //!
 //! Takes any engine and a factor; gives an engine that sleeps in proportion to what each segment really
 //! takes, so that four slow nodes fit on two fast cores and their ratio to the link is that of the
-//! devices meant. What a segment really takes is the least time it has taken so far: the device meant
-//! has its core to itself, and a disturbance here, which proportion would make a disturbance many times
-//! as long, is absorbed by the sleep. So the first requests, with cold caches, are slower than the rest.
+//! devices meant. What a segment really takes is its least time when the program runs again and again,
+//! measured when it is loaded. The device meant has a core and its caches to itself; here nodes share
+//! them, and a segment after a sleep finds its weights gone. In proportion, each such disturbance would
+//! become one many times as long; against the least time, the sleep absorbs it.
 
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
+use snn_schemas::Dtype;
 
 use super::{Engine, EngineError, Executor, Job};
 use crate::pause;
-use crate::shard::{Program, Slot};
+use crate::shard::{Program, Slot, Step};
+
+/// Runs by which a segment's least time is found: at least, at most, and for how long otherwise.
+const MIN_RUNS: usize = 5;
+const MAX_RUNS: usize = 2000;
+const MEASURE_FOR: Duration = Duration::from_millis(400);
 
 /// How a slowed engine spends its time.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -34,10 +41,47 @@ pub struct Slowed<E> {
 
 impl<E: Engine> Engine for Slowed<E> {
     fn load(&mut self, program: &Program) -> Result<Box<dyn Executor>, EngineError> {
-        let inner = self.engine.load(program)?;
-        let least = vec![Duration::MAX; program.segments.len()];
+        let mut inner = self.engine.load(program)?;
+        let least = match self.pace {
+            Pace::Times(_) => least_times(inner.as_mut(), program)?,
+            Pace::AtLeast(_) => Vec::new(),
+        };
         Ok(Box::new(SlowedExecutor { inner, pace: self.pace, least }))
     }
+}
+
+/// The least time of each segment, the program being run again and again with tensors of zeros.
+fn least_times(
+    executor: &mut dyn Executor,
+    program: &Program,
+) -> Result<Vec<Duration>, EngineError> {
+    let mut least = vec![Duration::MAX; program.segments.len()];
+    let begun = Instant::now();
+    let mut runs = 0;
+    while runs < MAX_RUNS && (runs < MIN_RUNS || begun.elapsed() < MEASURE_FOR) {
+        let job = executor.begin();
+        for &slot in &program.inputs {
+            let shape = program.slot(slot).shape.iter().flatten();
+            let bytes = shape.product::<usize>() * Dtype::F32.size();
+            executor.write(job, slot, &vec![0; bytes])?;
+        }
+        for step in &program.steps {
+            match step {
+                Step::Compute(segment) => {
+                    let start = Instant::now();
+                    executor.compute(job, *segment)?;
+                    least[*segment] = least[*segment].min(start.elapsed());
+                }
+                Step::Receive(crossing) => {
+                    executor.write(job, crossing.slot, &vec![0; crossing.bytes])?;
+                }
+                Step::Send(_) => {}
+            }
+        }
+        executor.end(job);
+        runs += 1;
+    }
+    Ok(least)
 }
 
 struct SlowedExecutor {

@@ -225,7 +225,8 @@ mod tests {
             let inner = network.join(rank, "split", Arc::new(|_| {}));
             Shaped::new(Arc::new(inner), link()).unwrap()
         };
-        send(&[sender(1), sender(2)]).await;
+        let senders = [sender(1), sender(2)];
+        send(&senders).await;
         let wait = || arrived.recv_timeout(Duration::from_secs(10)).unwrap();
         (0..count).map(|_| 1e3 * wait().as_secs_f64()).collect()
     }
