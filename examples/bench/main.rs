@@ -10,7 +10,6 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "it talks to whoever runs it")]
 
 #[path = "../../compiler/tests/fixtures/mod.rs"]
-#[allow(dead_code, unused_imports, reason = "the compiler's tests use all of it")]
 mod fixtures;
 mod links;
 mod models;
