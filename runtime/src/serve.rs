@@ -159,6 +159,11 @@ impl Server {
         Ok(Server { process, tasks, _watch: watch })
     }
 
+    /// The address that other nodes can connect to, with its real port.
+    pub fn address(&self) -> &str {
+        self.process.link.address()
+    }
+
     /// Offers a file that may be the shard of `rank`, so that it need not be fetched from a peer.
     pub fn offer(&self, rank: usize, bytes: Bytes) -> bool {
         self.process.shelf.offer(rank, bytes)

@@ -81,19 +81,25 @@ impl Claimed {
     /// Answers from now on.
     pub(super) fn serve(self, asker: Arc<dyn Asker>) -> Serving {
         let limits = Limits { within: self.within, ..Limits::of_cluster(asker.nodes()) };
-        let stop = CancellationToken::new();
+        let (address, stop) = (self.http.address(), CancellationToken::new());
         let task = self.http.serve(asker, Arc::new(picture), limits, stop.clone());
-        Serving { task: tokio::spawn(task), stop }
+        Serving { address, task: tokio::spawn(task), stop }
     }
 }
 
 /// HTTP that is being answered; dropping it ends it.
 pub(super) struct Serving {
+    address: SocketAddr,
     task: JoinHandle<()>,
     stop: CancellationToken,
 }
 
 impl Serving {
+    /// The address, with its real port.
+    pub(super) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     /// Takes no more requests, and lets those at hand finish for a moment.
     pub(super) async fn stop(mut self) {
         self.stop.cancel();

@@ -19,7 +19,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use snn_runtime::Shard;
 use snn_runtime::serve::{Server, ServerOptions};
-use snn_runtime::transport::zenoh::{DEFAULT_LISTEN, Link, Options};
+use snn_runtime::transport::zenoh::{DEFAULT_LISTEN, FROZEN_AFTER, Link, Options};
 use snn_schemas::manifest::{MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest};
 
 use super::emulation::{self, Emulation};
@@ -31,6 +31,9 @@ const ANYWHERE: &str = "0.0.0.0:0";
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How long ending may take: leaving the cluster takes milliseconds, a segment perhaps a second.
 const STOP_WITHIN: Duration = Duration::from_secs(3);
+
+/// How long a node that was frozen may take to listen again where it did.
+const REJOIN_WITHIN: Duration = Duration::from_secs(10);
 
 /// What a node is started with.
 #[derive(Clone, Debug)]
@@ -132,6 +135,10 @@ pub(super) async fn node(node: args::Node) -> Result<ExitCode> {
 }
 
 /// Serves a shard until `stop` is done. Tells `tell` how far it has come.
+///
+/// A process that was frozen, or whose machine slept, while others could stand in for it joins again as
+/// a new one: its peers have closed their ends of its connections, and what it holds of them is stale.
+/// The trace file then tells of the time since.
 pub(super) async fn serve(
     setup: &Setup,
     tell: &(dyn Fn(Progress<'_>) + Sync),
@@ -139,26 +146,58 @@ pub(super) async fn serve(
 ) -> Result<()> {
     let file = setup.shard.display().to_string();
     tokio::pin!(stop);
-    let (server, http) = tokio::select! {
-        () = &mut stop => return Ok(()),
-        started = start(setup, tell) => started.with_context(|| file.clone())?,
-    };
-    let done = tokio::select! {
-        () = &mut stop => Ok(()),
-        done = stay(&server, setup, tell) => done.with_context(|| file),
-    };
-    if let Some(http) = http {
-        http.stop().await;
+    let mut setup = setup.clone();
+    let mut rejoining_until = None;
+    loop {
+        let started = tokio::select! {
+            () = &mut stop => return Ok(()),
+            started = start(&setup, tell) => started,
+        };
+        let (server, http) = match started {
+            Ok(started) => started,
+            // What listened there before may take a moment to be gone.
+            Err(_) if rejoining_until.is_some_and(|until| Instant::now() < until) => {
+                tokio::time::sleep(LOOK_EVERY).await;
+                continue;
+            }
+            Err(error) => return Err(error.context(file)),
+        };
+        let left = tokio::select! {
+            () = &mut stop => Ok(Left::Stopped),
+            left = stay(&server, &setup, tell) => left.with_context(|| file.clone()),
+        };
+        // Should it join again, it is where it was.
+        setup.listen = Some(server.address().to_owned());
+        if let Some(http) = http {
+            if let Some(settings) = &mut setup.http {
+                settings.address = http.address().to_string();
+            }
+            http.stop().await;
+        }
+        let rejoins = matches!(left, Ok(Left::Frozen));
+        let written = match &setup.trace_file {
+            Some(path) if !rejoins => trace::write(&trace::by_wall_clock(server.lanes()), path),
+            _ => Ok(()),
+        };
+        let ended = tokio::time::timeout(STOP_WITHIN, server.shutdown()).await;
+        if ended.is_err() {
+            tracing::warn!("the node took too long to end and was left");
+        }
+        if !rejoins {
+            return left.map(drop).and(written);
+        }
+        tracing::info!("was frozen, joins again");
+        rejoining_until = Some(Instant::now() + REJOIN_WITHIN);
     }
-    let written = match &setup.trace_file {
-        Some(path) => trace::write(&trace::by_wall_clock(server.lanes()), path),
-        None => Ok(()),
-    };
-    let ended = tokio::time::timeout(STOP_WITHIN, server.shutdown()).await;
-    if ended.is_err() {
-        tracing::warn!("the node took too long to end and was left");
-    }
-    done.and(written)
+}
+
+/// Why a node no longer serves.
+#[derive(Clone, Copy, Debug)]
+enum Left {
+    /// It was told to stop.
+    Stopped,
+    /// It stood still for so long that its peers may have given it up.
+    Frozen,
 }
 
 async fn start(
@@ -197,8 +236,12 @@ async fn start(
     Ok((server, http))
 }
 
-/// Waits for the peers, then for a fault, which is for ever on a sound cluster.
-async fn stay(server: &Server, setup: &Setup, tell: &(dyn Fn(Progress<'_>) + Sync)) -> Result<()> {
+/// Waits for the peers, then for a fault or a freeze, which is for ever on a sound cluster.
+async fn stay(
+    server: &Server,
+    setup: &Setup,
+    tell: &(dyn Fn(Progress<'_>) + Sync),
+) -> Result<Left> {
     let deadline = setup.timeout.map(|timeout| Instant::now() + timeout);
     let mut told = None;
     let mut told_taken = BTreeSet::new();
@@ -226,7 +269,11 @@ async fn stay(server: &Server, setup: &Setup, tell: &(dyn Fn(Progress<'_>) + Syn
             }
             told = Some(missing);
         }
+        let looked = Instant::now();
         tokio::time::sleep(LOOK_EVERY).await;
+        if setup.takeover && looked.elapsed() > LOOK_EVERY + FROZEN_AFTER {
+            return Ok(Left::Frozen);
+        }
     }
 }
 

@@ -52,6 +52,9 @@ const MESSAGE_SLACK: usize = 4096;
 /// A device that loses power is noticed after this, within the second that is promised; a process that
 /// dies, at once.
 const LEASE_MS: u64 = 800;
+/// Silence of one's own after which peers may have given one up: the lease, less the pause between two
+/// signs of life.
+pub const FROZEN_AFTER: Duration = Duration::from_millis(LEASE_MS * 3 / 4);
 /// How long a full send queue may block before the connection is closed, in µs: longer than any
 /// hiccup of a working network, shorter than what a request may take.
 const BLOCK_LIMIT_US: u64 = 5_000_000;
