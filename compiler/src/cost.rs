@@ -5,7 +5,7 @@
 
 use snn_schemas::cost::Piece;
 use snn_schemas::manifest::{Cost, PaperCost, WireCost};
-use snn_schemas::{Dtype, Policy};
+use snn_schemas::{Codec, Dtype, Policy};
 
 use crate::graph::{Arg, Graph, Op, OpId, const_elements, elem_size};
 use crate::groups::{GroupBlock, Meaning, meaning_of};
@@ -16,7 +16,7 @@ use crate::schedule::{Action, Cut};
 pub(crate) fn cost(placed: &Placed, cuts: &[Cut], policy: Option<&Policy>) -> Cost {
     let bytes = |exchanged: bool| -> u64 {
         let chosen = cuts.iter().filter(|cut| cut.taker.exchange.is_some() == exchanged);
-        chosen.map(|cut| placed.graph.tensor(cut.tensor).bytes()).sum()
+        chosen.map(|cut| cut.bytes(&placed.graph)).sum()
     };
     let blocks = &placed.blocks;
     let ring_bytes = ring_bytes(blocks, placed.groups);
@@ -46,18 +46,24 @@ fn elements(shape: &[usize]) -> u64 {
 
 /// A ring all-reduce in f32 after every block: 2(G − 1) times one group's tensor.
 fn ring_bytes(blocks: &[GroupBlock], groups: usize) -> u64 {
-    let once = 2 * (groups as u64).saturating_sub(1) * Dtype::F32.size() as u64;
+    let once = 2 * (groups as u64).saturating_sub(1) * (Dtype::F32.bits() / 8) as u64;
     blocks.iter().map(|block| once * elements(&block.shape)).sum()
 }
 
 /// What the policy would send between G nodes if every send were needed.
 fn planned_bytes(blocks: &[GroupBlock], policy: &Policy) -> u64 {
     let step_bytes = |(index, step): (usize, &snn_schemas::Step)| {
-        let shape = &blocks[policy.sent_after(index)].shape;
-        let channels = shape.get(1).copied().unwrap_or(1);
-        let kept = policy.levels.keep(step.level, channels) as u64;
-        let per_channel = elements(shape) / (channels as u64).max(1);
-        step.decision.sends().count() as u64 * kept * per_channel * policy.dtype.size() as u64
+        let mut shape = blocks[policy.sent_after(index)].shape.clone();
+        if let Some(channels) = shape.get_mut(1) {
+            *channels = policy.levels.keep(step.level, *channels);
+        }
+        let (dtype, packing) = (policy.dtype_of(index), policy.packing_of(index));
+        let codec = Codec { packing, ..Codec::plain(dtype) };
+        let once = match elements(&shape) {
+            0 => 0, // a level that rounds down to no channel sends nothing
+            _ => codec.bytes(&shape).unwrap_or(0) as u64,
+        };
+        step.decision.sends().count() as u64 * once
     };
     policy.steps.iter().enumerate().map(step_bytes).sum()
 }

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use snn_schemas::{Dtype, Policy};
 
 use crate::error::CompileError;
-use crate::graph::{Exchange, FLOAT, FLOAT16, Graph, GroupId, OpId, TensorId};
+use crate::graph::{Coded, Exchange, FLOAT, FLOAT16, Graph, GroupId, OpId, TensorId};
 use crate::groups::{GroupBlock, Grouped, Stream};
 use crate::rewrite;
 
@@ -92,11 +92,11 @@ fn sends<'a>(blocks: &'a [GroupBlock], policy: &Policy, step: usize) -> Vec<Send
     let channels = blocks[sent].shape.get(1).copied().unwrap_or(1);
     let keep = policy.levels.keep(choice.level, channels);
     let send = |(from, to): (usize, usize)| Send {
-        exchange: Exchange { step, channels },
+        exchange: Exchange { step, channels, packing: policy.packing_of(step) },
         from: GroupId(from),
         to: GroupId(to),
         keep,
-        dtype: policy.dtype,
+        dtype: policy.dtype_of(step),
         sender: &blocks[sent].streams[from],
         receiver: blocks[added].streams[to].clone(),
         same_block: sent == added,
@@ -118,11 +118,23 @@ impl Send<'_> {
         let mut tensor = rewrite::select(graph, output, 0, self.keep, from);
         let mut added = vec![tensor];
         let label = self.label();
-        if self.dtype == Dtype::F16 {
-            tensor = rewrite::cast(graph, tensor, FLOAT16, format!("{label}/f16"), from);
-            added.push(tensor);
-            tensor = rewrite::cast(graph, tensor, FLOAT, format!("{label}/f32"), to);
-            added.push(tensor);
+        match self.dtype {
+            Dtype::F32 => {}
+            Dtype::F16 => {
+                tensor = rewrite::cast(graph, tensor, FLOAT16, format!("{label}/f16"), from);
+                added.push(tensor);
+                tensor = rewrite::cast(graph, tensor, FLOAT, format!("{label}/f32"), to);
+                added.push(tensor);
+            }
+            Dtype::I8 | Dtype::I4 => {
+                let signed = !rewrite::is_positive(graph, tensor);
+                let steps = rewrite::quantise(graph, tensor, (self.dtype, signed), &label, from);
+                let ops = steps.iter().map(|&tensor| graph.tensor(tensor).producer).collect();
+                let coded = Coded { source: tensor, ops, dtype: self.dtype, signed };
+                tensor = steps.last().copied().unwrap_or(tensor);
+                graph.coded.insert(tensor, coded);
+                added.extend(steps);
+            }
         }
         let channels = self.exchange.channels;
         tensor = rewrite::pad_channels(graph, tensor, channels, format!("{label}/padded"), to);

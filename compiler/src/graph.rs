@@ -14,6 +14,7 @@ use petgraph::Direction;
 use petgraph::stable_graph::{NodeIndex, StableDiGraph};
 use petgraph::visit::{EdgeRef, IntoEdgeReferences};
 use snn_schemas::onnx::{AttributeProto, NodeProto, TensorProto};
+use snn_schemas::{Dtype, Packing};
 
 /// ONNX's number for no type: an optional result nobody asked for.
 pub const UNDEFINED: i32 = 0;
@@ -71,6 +72,24 @@ pub struct Exchange {
     pub step: usize,
     /// Channels the sending group's tensor has.
     pub channels: usize,
+    /// What becomes of zeros where its tensor crosses between nodes.
+    pub packing: Packing,
+}
+
+/// A tensor that is what a codec makes of another: quantised and back, by ordinary ops.
+///
+/// Where it is taken on another node, the source is sent, the codec does what the ops say, and they
+/// are not computed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Coded {
+    /// What is quantised.
+    pub source: TensorId,
+    /// The ops between the two, in order.
+    pub ops: Vec<OpId>,
+    /// Element type on the wire.
+    pub dtype: Dtype,
+    /// Whether elements may be negative.
+    pub signed: bool,
 }
 
 /// A vertex: an ONNX node, or the model's input.
@@ -171,6 +190,8 @@ pub struct Graph {
     pub inputs: Vec<TensorId>,
     /// The model's outputs, in order: the name each is known by, and the tensor.
     pub outputs: Vec<(String, TensorId)>,
+    /// Tensors that stand for what arrives of a quantised one.
+    pub coded: BTreeMap<TensorId, Coded>,
     /// Version of the standard op set.
     pub opset: i64,
 }

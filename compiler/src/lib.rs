@@ -284,7 +284,8 @@ fn transfer(graph: &Graph, id: usize, cut: &Cut) -> Transfer {
         shape: tensor.shape.clone(),
         keep: tensor.channels(),
         channels: cut.taker.exchange.map_or(tensor.channels(), |exchange| exchange.channels),
-        dtype: shards::dtype(tensor.elem),
-        bytes: tensor.bytes(),
+        dtype: cut.codec.dtype,
+        packing: cut.codec.packing,
+        bytes: cut.bytes(graph),
     }
 }

@@ -64,7 +64,7 @@ pub struct Placed {
     pub placement: Placement,
     /// Rank that takes the input and gives the output.
     pub entry: usize,
-    /// The nodes that compute each op; several for copies of the stem.
+    /// The nodes that compute each op; several for copies of the stem, none where a codec does it.
     pub homes: BTreeMap<OpId, BTreeSet<usize>>,
 }
 
@@ -74,9 +74,14 @@ impl Placed {
         self.homes[&self.graph.tensor(tensor).producer].contains(&rank)
     }
 
+    /// The tensor that is sent where `tensor` is to arrive: itself, or what a codec makes it of.
+    pub fn sent(&self, tensor: TensorId) -> TensorId {
+        self.graph.coded.get(&tensor).map_or(tensor, |coded| coded.source)
+    }
+
     /// The node that sends a tensor to those who lack it.
     pub fn sender(&self, tensor: TensorId) -> usize {
-        let homes = &self.homes[&self.graph.tensor(tensor).producer];
+        let homes = &self.homes[&self.graph.tensor(self.sent(tensor)).producer];
         match homes.contains(&self.entry) {
             true => self.entry,
             false => homes.first().copied().unwrap_or(self.entry),
@@ -89,8 +94,23 @@ pub fn place(grouped: Grouped, placement: Placement) -> Placed {
     let Grouped { mut graph, groups, blocks } = grouped;
     graph.remove_dead();
     let entry = entry(&graph, &placement);
-    let homes = homes(&graph, &placement, entry);
+    let mut homes = homes(&graph, &placement, entry);
+    leave_to_codecs(&graph, &mut homes);
     Placed { graph, groups, blocks, placement, entry, homes }
+}
+
+/// Takes away the ops of a quantisation whose result is only taken on other nodes: the codec computes it.
+fn leave_to_codecs(graph: &Graph, homes: &mut BTreeMap<OpId, BTreeSet<usize>>) {
+    for (&tensor, coded) in &graph.coded {
+        let Some(own) = homes.get(&graph.tensor(tensor).producer).cloned() else { continue };
+        let is_output = graph.outputs.iter().any(|(_, output)| *output == tensor);
+        let taken = graph.consumers(tensor).iter().any(|user| !homes[user].is_disjoint(&own));
+        if !taken && !is_output {
+            for op in &coded.ops {
+                homes.insert(*op, BTreeSet::new());
+            }
+        }
+    }
 }
 
 /// The node of the group that feeds the first output; of the lowest one where several do.

@@ -9,20 +9,34 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 
-use crate::graph::{Exchange, GroupId, OpId, TensorId};
+use snn_schemas::{Codec, Dtype, Packing};
+
+use crate::graph::{Exchange, FLOAT16, Graph, GroupId, OpId, TensorId};
 use crate::placement::Placed;
 
 /// A tensor that crosses from one node to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cut {
-    /// What crosses.
+    /// What arrives.
     pub tensor: TensorId,
+    /// What is sent: the same, or what the codec makes it of.
+    pub sent: TensorId,
+    /// How it travels.
+    pub codec: Codec,
     /// Sending rank.
     pub from: usize,
     /// Receiving rank.
     pub to: usize,
     /// Who asks for it.
     pub taker: Taker,
+}
+
+impl Cut {
+    /// Bytes of its payload, at most where zeros are packed.
+    pub fn bytes(&self, graph: &Graph) -> u64 {
+        let tensor = graph.tensor(self.tensor);
+        self.codec.bytes(&tensor.shape).map_or(tensor.bytes(), |bytes| bytes as u64)
+    }
 }
 
 /// What a tensor is taken for on another node.
@@ -52,11 +66,25 @@ pub fn cuts(placed: &Placed) -> Vec<Cut> {
     for op in graph.order() {
         for &tensor in &graph.op(op).outputs {
             for (to, taker) in takers(placed, tensor) {
-                cuts.push(Cut { tensor, from: placed.sender(tensor), to, taker });
+                let (from, sent) = (placed.sender(tensor), placed.sent(tensor));
+                let codec = codec(placed, tensor, &taker);
+                cuts.push(Cut { tensor, sent, codec, from, to, taker });
             }
         }
     }
     cuts
+}
+
+/// How a tensor travels to `taker`.
+fn codec(placed: &Placed, tensor: TensorId, taker: &Taker) -> Codec {
+    let packing = taker.exchange.map_or(Packing::None, |exchange| exchange.packing);
+    match placed.graph.coded.get(&tensor) {
+        Some(coded) => Codec { dtype: coded.dtype, signed: coded.signed, packing },
+        None if placed.graph.tensor(tensor).elem == FLOAT16 => {
+            Codec { packing, ..Codec::plain(Dtype::F16) }
+        }
+        None => Codec { packing, ..Codec::plain(Dtype::F32) },
+    }
 }
 
 /// The ranks that take a tensor without having it, and what for.
@@ -119,7 +147,7 @@ impl<'a> Scheduler<'a> {
         let numbered = || cuts.iter().enumerate();
         let mut sends: BTreeMap<TensorId, Vec<Action>> = BTreeMap::new();
         for (number, cut) in numbered().filter(|(_, cut)| cut.from == rank) {
-            sends.entry(cut.tensor).or_default().push(Action::Send(number));
+            sends.entry(cut.sent).or_default().push(Action::Send(number));
         }
         let receives = numbered().filter(|(_, cut)| cut.to == rank);
         let mut scheduler = Scheduler {

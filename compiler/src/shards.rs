@@ -7,14 +7,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use prost::Message;
-use snn_schemas::Dtype;
+use snn_schemas::Codec;
 use snn_schemas::metadata::{RECV_OP, SEND_OP, SNN_DOMAIN, SNN_OPSET, ShardInfo};
 use snn_schemas::onnx::{
     GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto, attr_int,
     attr_ints, attr_string, tensor_proto::DataType,
 };
 
-use crate::graph::{Arg, ConstId, FLOAT16, Graph, Op, TensorId, UNDEFINED};
+use crate::graph::{Arg, ConstId, Graph, Op, TensorId, UNDEFINED};
 use crate::placement::Placed;
 use crate::read::Source;
 use crate::schedule::{Action, Cut};
@@ -82,11 +82,6 @@ pub(crate) fn shard(common: &Common<'_>, info: &ShardInfo, actions: Vec<Action>)
 /// The description of a tensor whose type the reader has checked.
 fn described(name: &str, elem: i32, shape: &[i64]) -> ValueInfoProto {
     ValueInfoProto::tensor(name, DataType::try_from(elem).unwrap_or(DataType::Float), shape)
-}
-
-/// Element type of a tensor on the wire.
-pub(crate) fn dtype(elem: i32) -> Dtype {
-    if elem == FLOAT16 { Dtype::F16 } else { Dtype::F32 }
 }
 
 /// The source model itself as the only shard, with its inputs' shapes and its metadata set.
@@ -244,7 +239,7 @@ impl<'a> Writer<'a> {
         let cut = self.cuts[number];
         let signal = format!("t{number}.sent");
         self.signals.push(ValueInfoProto::tensor(&signal, DataType::Int64, &[]));
-        let input = vec![self.name(cut.tensor)];
+        let input = vec![self.name(cut.sent)];
         self.nodes.push(self.communication(SEND_OP, number, cut.to, input, signal));
     }
 
@@ -268,22 +263,28 @@ impl<'a> Writer<'a> {
         let cut = self.cuts[number];
         let tensor = self.graph.tensor(cut.tensor);
         let shape: Vec<i64> = tensor.shape.iter().map(|&dim| dim as i64).collect();
-        let dtype = dtype(tensor.elem).to_string();
-        let step = cut.taker.exchange.map_or(-1, |exchange| exchange.step as i64);
+        let Codec { dtype, signed, packing } = cut.codec;
+        let mut attribute = vec![
+            attr_int("transfer", number as i64),
+            attr_int("peer", peer as i64),
+            attr_int("step", cut.taker.exchange.map_or(-1, |exchange| exchange.step as i64)),
+            attr_int("keep", tensor.channels() as i64),
+            attr_string("dtype", &dtype.to_string()),
+            attr_ints("shape", &shape),
+        ];
+        if cut.codec.largest().is_some() {
+            attribute.push(attr_int("signed", signed.into()));
+        }
+        if !packing.is_none() {
+            attribute.push(attr_string("packing", &packing.to_string()));
+        }
         NodeProto {
             name: Some(format!("{op_type}_t{number}")),
             op_type: Some(op_type.to_owned()),
             domain: Some(SNN_DOMAIN.to_owned()),
             input,
             output: vec![output],
-            attribute: vec![
-                attr_int("transfer", number as i64),
-                attr_int("peer", peer as i64),
-                attr_int("step", step),
-                attr_int("keep", tensor.channels() as i64),
-                attr_string("dtype", &dtype),
-                attr_ints("shape", &shape),
-            ],
+            attribute,
             ..NodeProto::default()
         }
     }

@@ -6,8 +6,8 @@
 
 use std::fmt::{self, Write as _};
 
-use snn_schemas::Manifest;
 use snn_schemas::manifest::Transfer;
+use snn_schemas::{Manifest, Packing};
 
 use crate::Split;
 use crate::graph::{Arg, Graph, OpId};
@@ -33,9 +33,14 @@ pub fn transfer(manifest: &Manifest, transfer: &Transfer) -> String {
             format!("×{}", transfer.keep as f64 / channels as f64)
         }
     };
-    let Transfer { id, dtype, bytes, .. } = transfer;
+    let Transfer { id, dtype, packing, bytes, .. } = transfer;
     let name = source(manifest, transfer);
-    format!("t{id}  {name}  {}{keep} {dtype}  {from} → {to}  {bytes} B", shape(&whole))
+    let (packed, most) = match packing {
+        Packing::None => ("", ""),
+        Packing::Zeros => (" zeros packed", "≤ "),
+    };
+    let whole = shape(&whole);
+    format!("t{id}  {name}  {whole}{keep} {dtype}{packed}  {from} → {to}  {most}{bytes} B")
 }
 
 /// The block whose output is sent; the tensor's own name where no step asks for it.
@@ -195,7 +200,7 @@ fn write_shard(text: &mut String, split: &Split, rank: usize) -> fmt::Result {
             Action::Compute(op) => writeln!(text, "    {}", op_line(graph, op))?,
             Action::Send(number) => {
                 let cut = split.cuts[number];
-                writeln!(text, "t{number} → n{}  {}", cut.to, graph.tensor(cut.tensor).name)?;
+                writeln!(text, "t{number} → n{}  {}", cut.to, graph.tensor(cut.sent).name)?;
             }
             Action::Receive(number) => {
                 let cut = split.cuts[number];

@@ -174,7 +174,7 @@ fn act(
             }
         }
         Action::Send(number) => {
-            if !made.contains(&cuts[number].tensor) {
+            if !made.contains(&cuts[number].sent) {
                 faults.push(format!("node {rank} sends t{number} before it has it"));
             }
             sent.insert(number);
@@ -346,7 +346,8 @@ mod tests {
         let mut graph = Graph::new(18);
         let spec = TensorSpec { name: "ids".to_owned(), shape: vec![1, 2], elem: 7 };
         let tensor = graph.add_input(spec);
-        let cut = Cut { tensor, from: 0, to: 1, taker: Taker::default() };
+        let codec = snn_schemas::Codec::plain(snn_schemas::Dtype::F32);
+        let cut = Cut { tensor, sent: tensor, codec, from: 0, to: 1, taker: Taker::default() };
         let sentence = "t0 (\"ids\") is of ONNX type 7; only f32 and f16 travel";
         assert_eq!(types(&graph, &[cut]), [sentence]);
     }

@@ -1,9 +1,10 @@
 //! What crosses a file or process boundary in `snn`, and nothing else.
 //!
 //! Takes and gives bytes: ONNX models ([`onnx`]), communication policies ([`policy`]), cluster
-//! manifests ([`manifest`]) and wire frames ([`wire`]); [`cost`] reckons what a placement
-//! takes in time. Reading untrusted bytes gives an error of one sentence or a value whose documented
-//! rules hold; it never panics and never allocates more than the bytes justify. The crate does no I/O.
+//! manifests ([`manifest`]), wire frames ([`wire`]) and the features in them ([`codec`]); [`cost`] reckons
+//! what a placement takes in time. Reading untrusted bytes gives an error of one sentence or a value whose
+//! documented rules hold; it never panics and never allocates more than the bytes justify. The crate does
+//! no I/O.
 
 pub mod onnx;
 pub mod policy;
@@ -11,6 +12,7 @@ pub mod policy;
 pub mod manifest;
 pub mod metadata;
 
+pub mod codec;
 pub mod wire;
 
 pub mod cost;
@@ -19,5 +21,6 @@ pub mod cost;
 /// step; devices beyond that are better served by a second cluster.
 pub const MAX_GROUPS: usize = 8;
 
+pub use codec::{Codec, Packing};
 pub use manifest::Manifest;
 pub use policy::{Decision, Dtype, Levels, Policy, Step};

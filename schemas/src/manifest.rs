@@ -10,6 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::MAX_GROUPS;
+use crate::codec::{Codec, Packing};
 use crate::cost::Piece;
 use crate::policy::Dtype;
 
@@ -139,7 +140,11 @@ pub struct Transfer {
     pub channels: usize,
     /// Element type on the wire.
     pub dtype: Dtype,
-    /// Bytes of tensor data that cross.
+    /// What becomes of zeros on the wire: `zeros` or, when absent, nothing.
+    #[serde(default, skip_serializing_if = "Packing::is_none")]
+    pub packing: Packing,
+    /// Bytes of tensor data that cross, scales included: exact, but an upper bound where `packing` is
+    /// `zeros`, for how many elements are zero depends on the input.
     pub bytes: u64,
 }
 
@@ -167,7 +172,7 @@ pub struct PaperCost {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct WireCost {
-    /// Bytes that the policy's steps send between nodes.
+    /// Bytes that the policy's steps send between nodes; with packing at most.
     pub exchange_bytes: u64,
     /// All other bytes between nodes: the input, a stem that is sent, a gathered head.
     pub other_bytes: u64,
@@ -177,6 +182,13 @@ pub struct WireCost {
     pub ring_bytes: u64,
     /// `exchange_bytes / ring_bytes`, 0 to 1; 0 without a ring to compare with.
     pub fraction: f64,
+}
+
+impl Transfer {
+    /// How it is written, but for the sign, which changes no size.
+    pub fn codec(&self) -> Codec {
+        Codec { packing: self.packing, ..Codec::plain(self.dtype) }
+    }
 }
 
 impl Manifest {
@@ -246,9 +258,7 @@ impl Manifest {
                 let (id, blocks) = (transfer.id, self.blocks.len());
                 return Err(ManifestError::Step { id, step, blocks });
             }
-            let elements = transfer.shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d as u64));
-            let bytes = elements.and_then(|n| n.checked_mul(transfer.dtype.size() as u64));
-            if bytes != Some(transfer.bytes) {
+            if transfer.codec().bytes(&transfer.shape).map(|n| n as u64) != Some(transfer.bytes) {
                 return Err(ManifestError::Bytes { id: transfer.id, bytes: transfer.bytes });
             }
         }

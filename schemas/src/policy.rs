@@ -12,6 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::MAX_GROUPS;
+use crate::codec::Packing;
 
 /// The only version of the policy file there is so far.
 pub const POLICY_VERSION: u32 = 1;
@@ -31,14 +32,20 @@ pub enum Dtype {
     F32,
     /// 16-bit IEEE 754, rounded to nearest even before sending and widened on arrival.
     F16,
+    /// 8-bit codes with a scale a channel: see [`crate::codec`].
+    I8,
+    /// 4-bit codes with a scale a channel.
+    I4,
 }
 
 impl Dtype {
-    /// Bytes one element takes.
-    pub fn size(self) -> usize {
+    /// Bits one element takes.
+    pub fn bits(self) -> usize {
         match self {
-            Dtype::F32 => 4,
-            Dtype::F16 => 2,
+            Dtype::F32 => 32,
+            Dtype::F16 => 16,
+            Dtype::I8 => 8,
+            Dtype::I4 => 4,
         }
     }
 }
@@ -48,6 +55,8 @@ impl fmt::Display for Dtype {
         f.write_str(match self {
             Dtype::F32 => "f32",
             Dtype::F16 => "f16",
+            Dtype::I8 => "i8",
+            Dtype::I4 => "i4",
         })
     }
 }
@@ -59,6 +68,8 @@ impl std::str::FromStr for Dtype {
         match text {
             "f32" => Ok(Dtype::F32),
             "f16" => Ok(Dtype::F16),
+            "i8" => Ok(Dtype::I8),
+            "i4" => Ok(Dtype::I4),
             other => Err(PolicyError::Dtype { found: other.to_owned() }),
         }
     }
@@ -190,6 +201,24 @@ pub struct Step {
     pub decision: Decision,
     /// Sparsity level, an index into the policy's [`Levels`].
     pub level: usize,
+    /// How this step's features travel, where that is not the policy's default.
+    pub wire: Wire,
+}
+
+/// How features travel, as far as a step says so itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Wire {
+    /// Element type.
+    pub dtype: Option<Dtype>,
+    /// What becomes of zeros.
+    pub packing: Option<Packing>,
+}
+
+impl Step {
+    /// A step whose features travel as the policy's default says.
+    pub fn new(decision: Decision, level: usize) -> Step {
+        Step { decision, level, wire: Wire::default() }
+    }
 }
 
 /// A checked communication policy for one network.
@@ -200,8 +229,10 @@ pub struct Policy {
     pub groups: usize,
     /// α, the number of blocks computed per exchange.
     pub staleness: usize,
-    /// Element type on the wire.
+    /// Element type on the wire, where a step names none.
     pub dtype: Dtype,
+    /// What becomes of zeros on the wire, where a step does not say.
+    pub packing: Packing,
     /// The sparsity levels that `steps` refer to.
     pub levels: Levels,
     /// One entry a step, first step first.
@@ -233,11 +264,12 @@ impl Policy {
     /// A policy of `steps` silent steps: nothing is ever exchanged.
     pub fn silent(groups: usize, staleness: usize, steps: usize) -> Policy {
         let levels = Levels::default();
-        let step = Step { decision: Decision::silent(groups), level: levels.full() };
+        let step = Step::new(Decision::silent(groups), levels.full());
         Policy {
             groups,
             staleness,
             dtype: Dtype::F32,
+            packing: Packing::None,
             levels,
             steps: vec![step; steps],
             provenance: None,
@@ -259,19 +291,29 @@ impl Policy {
         (step + 1) * self.staleness - 1
     }
 
+    /// Element type of step `step` on the wire.
+    pub fn dtype_of(&self, step: usize) -> Dtype {
+        self.steps[step].wire.dtype.unwrap_or(self.dtype)
+    }
+
+    /// What becomes of zeros in step `step`.
+    pub fn packing_of(&self, step: usize) -> Packing {
+        self.steps[step].wire.packing.unwrap_or(self.packing)
+    }
+
     /// The paper's communication cost, as a fraction of a ring all-reduce after every block.
     ///
     /// `(Σ_t senders_t · p_t) / (2(G − 1) · B)`, halved for f16 (Tables 5 and 6). It counts sends
-    /// and ignores how large the tensors are.
+    /// and ignores how large the tensors are. The paper knows no i8 and i4; here a step in them counts
+    /// a quarter and an eighth, scales and packing ignored like sizes.
     pub fn paper_cost(&self, blocks: usize) -> f64 {
-        let sent: f64 = self
-            .steps
-            .iter()
-            .map(|step| step.decision.sends().count() as f64 * self.levels.percent(step.level))
-            .sum();
+        let sent = |(index, step): (usize, &Step)| {
+            let width = self.dtype_of(index).bits() as f64 / Dtype::F32.bits() as f64;
+            step.decision.sends().count() as f64 * self.levels.percent(step.level) * width
+        };
+        let sent: f64 = self.steps.iter().enumerate().map(sent).sum();
         let ring = 2.0 * (self.groups as f64 - 1.0) * blocks as f64;
-        let width = self.dtype.size() as f64 / Dtype::F32.size() as f64;
-        if ring > 0.0 { sent / 100.0 / ring * width } else { 0.0 }
+        if ring > 0.0 { sent / 100.0 / ring } else { 0.0 }
     }
 }
 
@@ -293,9 +335,12 @@ pub struct PolicyFile {
     /// α, blocks computed per exchange, at least 1.
     #[schemars(range(min = 1))]
     staleness: usize,
-    /// Element type on the wire.
+    /// Element type on the wire, where a step names none.
     #[serde(default)]
     dtype: Dtype,
+    /// What becomes of zeros on the wire, where a step does not say: `none` or `zeros`.
+    #[serde(default, skip_serializing_if = "Packing::is_none")]
+    packing: Packing,
     /// Sparsity levels; nine from 50 % to 100 % when absent.
     #[serde(default)]
     levels: Levels,
@@ -318,6 +363,12 @@ struct StepFile {
     /// Sparsity level; everything is sent when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     level: Option<usize>,
+    /// Element type on the wire; the policy's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    dtype: Option<Dtype>,
+    /// What becomes of zeros on the wire; as the policy says when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    packing: Option<Packing>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -334,13 +385,19 @@ impl From<Policy> for PolicyFile {
         let steps = policy
             .steps
             .into_iter()
-            .map(|step| StepFile { send_to: step.decision.0, level: Some(step.level) })
+            .map(|Step { decision, level, wire: Wire { dtype, packing } }| StepFile {
+                send_to: decision.0,
+                level: Some(level),
+                dtype,
+                packing,
+            })
             .collect();
         PolicyFile {
             version: POLICY_VERSION,
             groups: policy.groups,
             staleness: policy.staleness,
             dtype: policy.dtype,
+            packing: policy.packing,
             levels: policy.levels,
             steps: Some(steps),
             decisions: None,
@@ -353,7 +410,7 @@ impl TryFrom<PolicyFile> for Policy {
     type Error = PolicyError;
 
     fn try_from(file: PolicyFile) -> Result<Policy, PolicyError> {
-        let PolicyFile { version, groups, staleness, dtype, levels, .. } = file;
+        let PolicyFile { version, groups, staleness, dtype, packing, levels, .. } = file;
         if version != POLICY_VERSION {
             return Err(PolicyError::Version { found: version });
         }
@@ -367,11 +424,13 @@ impl TryFrom<PolicyFile> for Policy {
         if !(1..=MAX_LEVELS).contains(&levels.count) || !percent_fits {
             return Err(PolicyError::Levels { count: levels.count, percent: levels.min_percent });
         }
-        let raw: Vec<(Result<Decision, PolicyError>, Option<usize>)> =
+        let raw: Vec<(Result<Decision, PolicyError>, Option<usize>, Wire)> =
             match (file.steps, file.decisions) {
                 (Some(steps), None) => steps
                     .into_iter()
-                    .map(|step| (Decision::new(step.send_to), step.level))
+                    .map(|StepFile { send_to, level, dtype, packing }| {
+                        (Decision::new(send_to), level, Wire { dtype, packing })
+                    })
                     .collect(),
                 (None, Some(decisions)) => decisions
                     .into_iter()
@@ -381,7 +440,11 @@ impl TryFrom<PolicyFile> for Policy {
                             Shorthand::IdAndLevel(id, level) => (id, Some(level)),
                         };
                         let known = Decision::from_id(id, groups);
-                        (known.ok_or(PolicyError::DecisionId { id, groups }), level)
+                        (
+                            known.ok_or(PolicyError::DecisionId { id, groups }),
+                            level,
+                            Wire::default(),
+                        )
                     })
                     .collect(),
                 _ => return Err(PolicyError::Form),
@@ -389,12 +452,13 @@ impl TryFrom<PolicyFile> for Policy {
         let steps = raw
             .into_iter()
             .enumerate()
-            .map(|(index, (decision, level))| {
+            .map(|(index, (decision, level, wire))| {
                 check_step(decision, level, groups, &levels)
+                    .map(|step| Step { wire, ..step })
                     .map_err(|reason| PolicyError::Step { step: index, reason: Box::new(reason) })
             })
             .collect::<Result<Vec<Step>, PolicyError>>()?;
-        Ok(Policy { groups, staleness, dtype, levels, steps, provenance: file.provenance })
+        Ok(Policy { groups, staleness, dtype, packing, levels, steps, provenance: file.provenance })
     }
 }
 
@@ -412,7 +476,7 @@ fn check_step(
     if level >= levels.count {
         return Err(PolicyError::Level { found: level, last: levels.full() });
     }
-    Ok(Step { decision, level })
+    Ok(Step::new(decision, level))
 }
 
 /// Why a policy file is refused.
@@ -457,7 +521,7 @@ pub enum PolicyError {
     #[error("expected exactly one of \"steps\" and \"decisions\"")]
     Form,
     /// The element type is none of ours.
-    #[error("dtype \"{found}\", expected \"f32\" or \"f16\"")]
+    #[error("dtype \"{found}\", expected \"f32\", \"f16\", \"i8\" or \"i4\"")]
     Dtype {
         /// The name that was given.
         found: String,

@@ -6,7 +6,7 @@
 //!
 //! | kind | frame | after the kind |
 //! |---|---|---|
-//! | 1 | [`TensorFrame`] | dtype `u8` (+ 128: degraded), sender `u16`, request `u64`, transfer `u32`, within `u32` ms, then the elements |
+//! | 1 | [`TensorFrame`] | dtype `u8` (+ 128: degraded), sender `u16`, request `u64`, transfer `u32`, within `u32` ms, then the [payload](crate::codec) |
 //! | 2 | [`Cancel`] | flags `u8` (1: run again), sender `u16`, request `u64`, then the reason, UTF-8 |
 //! | 3 | [`Infer`] | zero `u8`, zero `u16`, within `u32` ms, then tensors |
 //! | 4 | [`Reply::Answer`] | zero `u8`, flags `u16` (1: degraded), then tensors |
@@ -91,7 +91,7 @@ impl Tensor {
 /// Kind 1: the features of one transfer, for one request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorFrame {
-    /// Type and number of the elements' bytes.
+    /// Type of the elements: 0 f32, 1 f16, 2 i8, 3 i4.
     pub dtype: Dtype,
     /// Rank of the sender.
     pub from: u16,
@@ -104,7 +104,8 @@ pub struct TensorFrame {
     pub within: Duration,
     /// Whether they were computed without a tensor that was not waited for.
     pub degraded: bool,
-    /// The elements, row-major, little-endian.
+    /// The elements, row-major, little-endian, as [`crate::codec`] says. Whoever knows the transfer's
+    /// shape and packing checks its size.
     pub payload: Bytes,
 }
 
@@ -193,9 +194,6 @@ impl Frame {
                 let dtype = dtype_of(code & !DEGRADED_TENSOR)?;
                 let head = bytes.get(PREFIX..TENSOR_HEADER).ok_or(WireError::CutShort)?;
                 let payload = bytes.slice(TENSOR_HEADER..);
-                if !payload.len().is_multiple_of(dtype.size()) {
-                    return Err(WireError::CutShort);
-                }
                 Ok(Frame::Tensor(TensorFrame {
                     dtype,
                     from,
@@ -334,6 +332,8 @@ fn dtype_code(dtype: Dtype) -> u8 {
     match dtype {
         Dtype::F32 => 0,
         Dtype::F16 => 1,
+        Dtype::I8 => 2,
+        Dtype::I4 => 3,
     }
 }
 
@@ -341,6 +341,8 @@ fn dtype_of(code: u8) -> Result<Dtype, WireError> {
     match code {
         0 => Ok(Dtype::F32),
         1 => Ok(Dtype::F16),
+        2 => Ok(Dtype::I8),
+        3 => Ok(Dtype::I4),
         found => Err(WireError::Dtype { found }),
     }
 }
@@ -550,7 +552,7 @@ mod tests {
         assert_eq!(frame(b"SNN\x01\x01\x07\0\0").to_string(), "frame of the unknown dtype 7");
         assert_eq!(frame(b"SNN\x01\x01").to_string(), "frame cut short");
         let whole = tensor_frame().encode();
-        assert_eq!(frame(&whole[..TENSOR_HEADER + 3]).to_string(), "frame cut short");
+        assert_eq!(frame(&whole[..TENSOR_HEADER - 1]).to_string(), "frame cut short");
     }
 
     #[test]
@@ -587,7 +589,7 @@ mod tests {
             from: u16, request: u64, transfer: u32, ms: u32, degraded: bool,
             payload in proptest::collection::vec(any::<u8>(), 0..64),
         ) {
-            let payload = Bytes::from(payload[..payload.len() / 4 * 4].to_vec());
+            let payload = Bytes::from(payload);
             let within = Duration::from_millis(ms.into());
             let frame = TensorFrame { dtype: Dtype::F32, from, request, transfer, within, degraded, payload };
             prop_assert_eq!(Frame::decode(frame.encode()).unwrap(), Frame::Tensor(frame));

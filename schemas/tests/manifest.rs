@@ -7,7 +7,7 @@ use snn_schemas::manifest::{
     BlockEntry, Cost, MANIFEST_VERSION, MAX_MANIFEST_BYTES, NodeEntry, PaperCost, Port, Transfer,
     WireCost,
 };
-use snn_schemas::{Dtype, Manifest};
+use snn_schemas::{Dtype, Manifest, Packing};
 
 fn transfer(id: u32, from: usize, to: usize, shape: [usize; 4], half: bool) -> Transfer {
     let dtype = if half { Dtype::F16 } else { Dtype::F32 };
@@ -23,7 +23,8 @@ fn transfer(id: u32, from: usize, to: usize, shape: [usize; 4], half: bool) -> T
         keep: shape[1],
         channels: 2 * shape[1],
         dtype,
-        bytes: (shape.iter().product::<usize>() * dtype.size()) as u64,
+        packing: Packing::None,
+        bytes: (shape.iter().product::<usize>() * dtype.bits() / 8) as u64,
     }
 }
 

@@ -3,7 +3,8 @@
 use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 use snn_schemas::policy::Step;
-use snn_schemas::{Decision, Dtype, Levels, Policy};
+use snn_schemas::policy::Wire;
+use snn_schemas::{Decision, Dtype, Levels, Packing, Policy};
 
 fn read(json: &Value) -> Result<Policy, String> {
     Policy::from_json(json.to_string().as_bytes()).map_err(|error| error.to_string())
@@ -94,7 +95,21 @@ fn costs_are_those_of_table_6() {
         json!([[0, 8], [10, 3], [18, 7], [22, 8], [16, 8], [18, 8], [9, 7], [13, 8], [22, 7]]);
     let half =
         json!([[9, 4], [22, 6], [18, 6], [3, 6], [16, 7], [23, 8], [9, 8], [13, 8], [20, 7]]);
-    assert_eq!([cost("f32", dense), cost("f32", sparse), cost("f16", half)], [31.48, 27.78, 14.44]);
+    assert_eq!([cost("f32", dense), cost("f32", sparse)], [31.48, 27.78]);
+    let narrow = ["f16", "i8", "i4"].map(|dtype| cost(dtype, half.clone()));
+    assert_eq!(narrow, [14.44, 7.22, 3.61]);
+}
+
+#[test]
+fn a_step_may_travel_in_a_way_of_its_own() {
+    let policy = read(&file(json!({ "dtype": "i8", "packing": "zeros", "steps": [
+        { "send_to": [1, 2, 3, 0] },
+        { "send_to": [1, 2, 3, 0], "dtype": "f16", "packing": "none" },
+    ] })));
+    let policy = policy.expect("valid");
+    assert_eq!([policy.dtype_of(0), policy.dtype_of(1)], [Dtype::I8, Dtype::F16]);
+    assert_eq!([policy.packing_of(0), policy.packing_of(1)], [Packing::Zeros, Packing::None]);
+    assert_eq!(policy.paper_cost(6), 4.0 * (0.25 + 0.5) / 36.0);
 }
 
 #[test]
@@ -173,11 +188,14 @@ fn unknown_keys_and_wrong_types_are_named() {
     };
     start(json!({ "steps_": [] }), "unknown field `steps_`");
     start(json!({ "steps": [{ "send": [0, 1, 2, 3] }] }), "unknown field `send`");
-    start(json!({ "dtype": "f8" }), "unknown variant `f8`, expected `f32` or `f16`");
+    start(
+        json!({ "dtype": "f8" }),
+        "unknown variant `f8`, expected one of `f32`, `f16`, `i8`, `i4`",
+    );
     start(json!({ "staleness": -1 }), "invalid value: integer `-1`");
     assert_eq!(
         "f8".parse::<Dtype>().expect_err("none of ours").to_string(),
-        "dtype \"f8\", expected \"f32\" or \"f16\""
+        "dtype \"f8\", expected \"f32\", \"f16\", \"i8\" or \"i4\""
     );
 }
 
@@ -197,10 +215,17 @@ fn policies() -> impl Strategy<Value = Policy> {
         |(groups, staleness, half, count, min_percent, provenance)| {
             let levels = Levels { count, min_percent: f64::from(min_percent) };
             let dtype = if half { Dtype::F16 } else { Dtype::F32 };
-            let step = (0..Decision::count(groups), 0..count).prop_map(move |(id, level)| Step {
-                decision: Decision::from_id(id, groups).expect("a decision"),
-                level,
-            });
+            let wire = (
+                prop::option::of(prop_oneof![Just(Dtype::I8), Just(Dtype::I4), Just(Dtype::F32)]),
+                prop::option::of(prop_oneof![Just(Packing::None), Just(Packing::Zeros)]),
+            );
+            let step = (0..Decision::count(groups), 0..count, wire).prop_map(
+                move |(id, level, (dtype, packing))| Step {
+                    decision: Decision::from_id(id, groups).expect("a decision"),
+                    level,
+                    wire: Wire { dtype, packing },
+                },
+            );
             let provenance = provenance.map(|entries| {
                 entries.into_iter().map(|(key, value)| (key, value.into())).collect::<Map<_, _>>()
             });
@@ -208,6 +233,7 @@ fn policies() -> impl Strategy<Value = Policy> {
                 groups,
                 staleness,
                 dtype,
+                packing: if count % 2 == 0 { Packing::Zeros } else { Packing::None },
                 levels,
                 steps,
                 provenance: provenance.clone(),

@@ -44,9 +44,9 @@ fn ring(net: &Net, staleness: usize, dtype: Dtype) -> Policy {
     let groups = net.groups;
     let send_to = (0..groups).map(|group| (group + 1) % groups).collect();
     let levels = Levels::default();
-    let step = Step { decision: Decision::new(send_to).unwrap(), level: levels.full() };
+    let step = Step::new(Decision::new(send_to).unwrap(), levels.full());
     let steps = vec![step; Policy::steps_for(net.blocks.len(), staleness)];
-    Policy { groups, staleness, dtype, levels, steps, provenance: None }
+    Policy { dtype, levels, steps, ..Policy::silent(groups, staleness, 0) }
 }
 
 fn split(net: &Net, policy: Option<&Policy>, nodes: Nodes) -> Split {

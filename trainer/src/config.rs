@@ -521,10 +521,8 @@ impl Config {
     pub fn silent(&self) -> Policy {
         let ExchangeConfig { staleness, dtype, levels, .. } = self.exchange;
         let silent = Policy::silent(self.net.groups, staleness, self.steps());
-        let full = snn_schemas::Step {
-            decision: snn_schemas::Decision::silent(self.net.groups),
-            level: levels.full(),
-        };
+        let decision = snn_schemas::Decision::silent(self.net.groups);
+        let full = snn_schemas::Step::new(decision, levels.full());
         Policy { dtype, levels, steps: vec![full; self.steps()], ..silent }
     }
 

@@ -180,7 +180,7 @@ impl Controller {
         let silent = || Decision::silent(self.groups);
         let decision = Decision::new(send_to).unwrap_or_else(|_| silent());
         let level = chosen.get(self.groups - 1).copied();
-        Step { decision, level: level.unwrap_or(usize::MAX) }
+        Step::new(decision, level.unwrap_or(usize::MAX))
     }
 }
 
@@ -223,7 +223,7 @@ pub(crate) fn random_policies(config: &Config, count: usize, rng: &mut Rng) -> V
         let decision = Decision::from_id(id, groups).unwrap_or_else(|| Decision::silent(groups));
         let searched = config.exchange.search_levels;
         let level = if searched { rng.random_range(0..levels.count) } else { levels.full() };
-        Step { decision, level }
+        Step::new(decision, level)
     };
     let draw = (0..count).map(|_| (0..config.steps()).map(|_| step()).collect()).collect();
     policies(config, draw)

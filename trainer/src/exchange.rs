@@ -81,9 +81,9 @@ mod tests {
 
     fn policy(send_to: &[usize], level: usize, dtype: Dtype) -> Policy {
         let decision = Decision::new(send_to.to_vec()).unwrap();
-        let steps = vec![Step { decision, level }];
+        let steps = vec![Step::new(decision, level)];
         let levels = Levels { count: 3, min_percent: 50.0 };
-        Policy { groups: send_to.len(), staleness: 1, dtype, levels, steps, provenance: None }
+        Policy { dtype, levels, steps, ..Policy::silent(send_to.len(), 1, 0) }
     }
 
     fn row(values: &[f32]) -> Tensor<4> {

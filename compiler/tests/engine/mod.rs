@@ -8,11 +8,13 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
+use bytes::BytesMut;
 use snn_compiler::Split;
 use snn_schemas::metadata::{RECV_OP, SEND_OP};
 use snn_schemas::onnx::{
     GraphProto, ModelProto, NodeProto, ValueInfoProto, decode, encode, tensor_proto::DataType,
 };
+use snn_schemas::{Codec, Packing};
 use tract_onnx::prelude::*;
 
 /// Runs a whole model on one image.
@@ -83,11 +85,15 @@ impl Player {
             let transfer = node.int("transfer").unwrap_or(-1);
             match node.op_type() {
                 SEND_OP => {
-                    let tensor = self.tensors[&node.input[0]].clone();
-                    check(&node, &tensor);
-                    let bytes = tensor.len() * tensor.datum_type().size_of();
-                    assert_eq!(announced.remove(&transfer), Some(bytes as u64), "t{transfer}");
-                    mail.insert(transfer, tensor);
+                    let tensor = &self.tensors[&node.input[0]];
+                    check(&node, tensor);
+                    let (bytes, arrived) = travel(&node, tensor);
+                    let announced = announced.remove(&transfer).expect("an announced transfer");
+                    match node.text("packing") {
+                        None => assert_eq!(announced, bytes, "t{transfer}"),
+                        Some(_) => assert!(bytes <= announced, "t{transfer}: {bytes}"),
+                    }
+                    mail.insert(transfer, arrived);
                     self.at += 1;
                 }
                 RECV_OP => match mail.remove(&transfer) {
@@ -152,11 +158,37 @@ fn described(name: &str, tensor: &Tensor) -> ValueInfoProto {
     ValueInfoProto::tensor(name, elem, &dims)
 }
 
+/// Bytes that cross, and what arrives of a tensor.
+fn travel(node: &NodeProto, tensor: &Tensor) -> (u64, Tensor) {
+    let codec = Codec {
+        dtype: node.text("dtype").and_then(|name| name.parse().ok()).expect("a dtype"),
+        signed: node.int("signed") == Some(1),
+        packing: node.text("packing").map_or(Packing::None, |name| name.parse().expect("known")),
+    };
+    let mut payload = BytesMut::new();
+    let mut arrived = tensor.clone();
+    if codec.largest().is_none() {
+        codec.put_elements(tensor.as_bytes(), &mut payload);
+        codec.read_elements(&payload, arrived.as_bytes_mut()).expect("its own payload");
+    } else {
+        let run = Codec::run(tensor.shape());
+        let mut numbers = floats(tensor);
+        codec.put_numbers(&numbers, run, &mut payload);
+        codec.read_numbers(&payload, run, &mut numbers).expect("its own payload");
+        arrived = Tensor::from_shape(tensor.shape(), &numbers).expect("the same shape");
+    }
+    (payload.len() as u64, arrived)
+}
+
 /// A transfer op announces its tensor.
 fn check(node: &NodeProto, tensor: &Tensor) {
     let shape: Vec<i64> = tensor.shape().iter().map(|&dim| dim as i64).collect();
     assert_eq!(node.ints("shape"), Some(shape.as_slice()), "{}", node.name());
-    let dtype = if tensor.datum_type() == f16::datum_type() { "f16" } else { "f32" };
-    assert_eq!(node.text("dtype"), Some(dtype), "{}", node.name());
+    let quantised = matches!(node.text("dtype"), Some("i8" | "i4"));
+    match tensor.datum_type() == f16::datum_type() {
+        true => assert_eq!(node.text("dtype"), Some("f16"), "{}", node.name()),
+        false => assert!(quantised || node.text("dtype") == Some("f32"), "{}", node.name()),
+    }
+    assert_eq!(node.int("signed").is_some(), quantised, "{}", node.name());
     assert_eq!(node.int("keep"), shape.get(1).copied(), "{}", node.name());
 }

@@ -83,15 +83,30 @@ fn encode(mut features: Map, policy: &Policy, step: usize) -> Map {
     // ⌊N p / 100⌋ in whole numbers: the levels of these tests are hundredths of a percent.
     let percent = policy.levels.percent(policy.steps[step].level);
     let keep = features.c * (percent * 100.0).round() as usize / 10_000;
-    let kept = keep * features.h * features.w;
-    for (at, value) in features.data.iter_mut().enumerate() {
-        *value = match policy.dtype {
-            _ if at >= kept => 0.0,
-            Dtype::F32 => *value,
-            Dtype::F16 => f16::from_f32(*value).to_f32(),
-        };
+    let plane = features.h * features.w;
+    features.data[keep * plane..].fill(0.0);
+    // Small planes share the scale of what is sent of the image.
+    let run = if plane >= 32 { plane } else { keep * plane };
+    for run in features.data[..keep * plane].chunks_mut(run.max(1)) {
+        match policy.dtype_of(step) {
+            Dtype::F32 => {}
+            Dtype::F16 => run.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32()),
+            Dtype::I8 => quantise(run, [255.0, 127.0]),
+            Dtype::I4 => quantise(run, [15.0, 7.0]),
+        }
     }
     features
+}
+
+/// Rounds to whole multiples of what makes the largest number the largest code, that without a sign
+/// or that with one.
+fn quantise(numbers: &mut [f32], [unsigned, signed]: [f32; 2]) {
+    let most = numbers.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+    let is_signed = numbers.iter().any(|x| *x < 0.0);
+    let largest = if is_signed { signed } else { unsigned };
+    for x in numbers.iter_mut().filter(|x| **x != 0.0) {
+        *x = (*x * (largest / most)).round_ties_even() * (most / largest);
+    }
 }
 
 /// The residual sum of one group's block, before its activation.

@@ -2,7 +2,7 @@
 
 use snn_compiler::{Nodes, Split};
 use snn_schemas::policy::Step;
-use snn_schemas::{Decision, Dtype, Levels, Policy};
+use snn_schemas::{Decision, Dtype, Policy};
 
 use crate::fixtures::{residual, style};
 use crate::{policy, split};
@@ -27,16 +27,8 @@ fn the_same_input_gives_the_same_bytes() {
 /// A policy in which everybody sends on to the next group at each step.
 fn ring(groups: usize, staleness: usize, steps: usize) -> Policy {
     let send_to = (0..groups).map(|group| (group + 1) % groups).collect();
-    let step = Step { decision: Decision::new(send_to).expect("a permutation"), level: 8 };
-    let levels = Levels::default();
-    Policy {
-        groups,
-        staleness,
-        dtype: Dtype::F32,
-        levels,
-        steps: vec![step; steps],
-        provenance: None,
-    }
+    let step = Step::new(Decision::new(send_to).expect("a permutation"), 8);
+    Policy { steps: vec![step; steps], ..Policy::silent(groups, staleness, 0) }
 }
 
 #[test]

@@ -175,12 +175,12 @@ fn seasoned(network: Network) -> Network {
 fn some_policy(groups: usize, staleness: usize, steps: usize, dtype: Dtype) -> Policy {
     let levels = Levels { count: 3, min_percent: 50.0 };
     let count = Decision::count(groups);
-    let step = |index: usize| Step {
-        decision: Decision::from_id((count - 1 + index * 5) % count, groups).unwrap(),
-        level: index % 3,
+    let step = |index: usize| {
+        let decision = Decision::from_id((count - 1 + index * 5) % count, groups);
+        Step::new(decision.unwrap(), index % 3)
     };
     let steps = (0..steps).map(step).collect();
-    Policy { groups, staleness, dtype, levels, steps, provenance: None }
+    Policy { dtype, levels, steps, ..Policy::silent(groups, staleness, 0) }
 }
 
 fn largest_difference(left: &[f32], right: &[f32]) -> f32 {
