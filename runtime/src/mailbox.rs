@@ -23,7 +23,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use snn_schemas::Dtype;
+use snn_schemas::Codec;
+use snn_schemas::codec::CodecError;
 use snn_schemas::wire::{Tensor, TensorFrame};
 
 use crate::shard::Program;
@@ -98,7 +99,8 @@ pub struct Mailbox {
 #[derive(Debug)]
 struct Expected {
     from: usize,
-    dtype: Dtype,
+    codec: Codec,
+    shape: Vec<usize>,
     bytes: usize,
 }
 
@@ -127,8 +129,9 @@ impl Mailbox {
     /// An empty mailbox for the receives of `program`.
     pub fn new(program: &Program) -> Mailbox {
         let expected = program.receives().map(|crossing| {
-            let &crate::shard::Crossing { transfer, peer, dtype, bytes, .. } = crossing;
-            (transfer, Expected { from: peer, dtype, bytes })
+            let crate::shard::Crossing { transfer, peer, codec, shape, bytes, .. } = crossing;
+            let (from, codec, shape, bytes) = (*peer, *codec, shape.clone(), *bytes);
+            (*transfer, Expected { from, codec, shape, bytes })
         });
         Mailbox {
             expected: expected.collect(),
@@ -168,10 +171,13 @@ impl Mailbox {
         if usize::from(from) != expected.from {
             return Err(Refused::Sender { transfer, from, expected: expected.from });
         }
-        if (dtype, payload.len()) != (expected.dtype, expected.bytes) {
-            let (found, expected) = (payload.len(), expected.bytes);
-            return Err(Refused::Size { transfer, found, expected });
+        let (codec, found) = (expected.codec, payload.len());
+        let fits = found == expected.bytes || !codec.is_exact() && found < expected.bytes;
+        if !fits || dtype != codec.dtype {
+            return Err(Refused::Size { transfer, found, expected: expected.bytes });
         }
+        let wrong = |reason| Refused::Payload { transfer, reason };
+        codec.check(&payload, &expected.shape).map_err(wrong)?;
         let mut state = self.state();
         if state.ended.contains(&request) {
             return Ok(());
@@ -382,6 +388,14 @@ pub enum Refused {
     /// A request that begins at this node, but has not.
     #[error("unknown request")]
     UnknownRequest,
+    /// The transfer's payload is not what its codec writes.
+    #[error("transfer t{transfer}: {reason}")]
+    Payload {
+        /// The transfer.
+        transfer: u32,
+        /// What is wrong with it.
+        reason: CodecError,
+    },
     /// Too many requests at once.
     #[error("{MAX_REQUESTS} requests are open already")]
     Full,
@@ -393,6 +407,8 @@ pub enum Refused {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use snn_schemas::{Dtype, Packing};
+
     use crate::shard::{Crossing, Slot, Step};
 
     fn mailbox() -> Mailbox {
@@ -401,11 +417,30 @@ mod tests {
 
     fn program() -> Program {
         let receive = |transfer| {
-            let (dtype, slot) = (Dtype::F32, Slot(0));
-            Step::Receive(Crossing { transfer, peer: 1, step: None, dtype, bytes: 4, slot })
+            let (codec, shape, slot) = (Codec::plain(Dtype::F32), vec![1], Slot(0));
+            Step::Receive(Crossing { transfer, peer: 1, step: None, codec, shape, bytes: 4, slot })
         };
         let steps = vec![receive(3), receive(5)];
         Program { steps, ..Program::default() }
+    }
+
+    #[test]
+    fn a_packed_frame_may_be_shorter_but_must_make_sense() {
+        let codec = Codec { dtype: Dtype::I8, signed: false, packing: Packing::Zeros };
+        let (shape, bytes, slot) = (vec![1, 16], codec.bytes(&[1, 16]).unwrap(), Slot(0));
+        let receive = Crossing { transfer: 3, peer: 1, step: None, codec, shape, bytes, slot };
+        let steps = vec![Step::Receive(receive)];
+        let mailbox = Mailbox::new(&Program { steps, ..Program::default() });
+        let post = |payload: &'static [u8]| {
+            let payload = Bytes::from_static(payload);
+            mailbox.post(TensorFrame { dtype: Dtype::I8, payload, ..frame(1, 3) })
+        };
+        let wrong = post(&[0, 0, 128, 63, 1, 3, 0, 7]).unwrap_err();
+        assert_eq!(wrong.to_string(), "transfer t3: 1 bytes are not 2 elements");
+        assert!(post(&[0; 30]).unwrap_err().to_string().ends_with("30 bytes, expected 21"));
+        assert_eq!(mailbox.open_requests(), 0);
+        post(&[0, 0, 128, 63, 1, 3, 0, 7, 9]).unwrap();
+        assert_eq!(mailbox.open_requests(), 1);
     }
 
     fn frame(request: u64, transfer: u32) -> TensorFrame {

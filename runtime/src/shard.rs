@@ -11,11 +11,11 @@ use std::fmt::Write as _;
 
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
-use snn_schemas::Dtype;
 use snn_schemas::metadata::{MetadataError, RECV_OP, SEND_OP, SNN_DOMAIN, ShardInfo};
 use snn_schemas::onnx::tensor_proto::DataType;
 use snn_schemas::onnx::{self, GraphProto, ModelProto, NodeProto, OnnxError, ValueInfoProto};
 use snn_schemas::wire::MAX_FRAME;
+use snn_schemas::{Codec, Dtype, Packing};
 
 /// Metadata key that only shards have.
 const SHARD_KEY: &str = "snn.split";
@@ -46,9 +46,11 @@ pub struct Crossing {
     pub peer: usize,
     /// The policy's step, where one asks for it.
     pub step: Option<usize>,
-    /// Element type on the wire.
-    pub dtype: Dtype,
-    /// Bytes of its elements.
+    /// How it is written on the wire.
+    pub codec: Codec,
+    /// Its shape there.
+    pub shape: Vec<usize>,
+    /// Bytes of its payload, at most where the codec packs zeros.
     pub bytes: usize,
     /// Where the tensor is in a request's memory.
     pub slot: Slot,
@@ -372,15 +374,17 @@ impl<'a> Builder<'a> {
         let transfer = transfer.ok_or("has no usable transfer")?;
         let peer = node.int("peer").and_then(|peer| usize::try_from(peer).ok());
         let usable = peer.filter(|&peer| peer < self.info.nodes && peer != self.info.rank);
-        let dtype: Dtype =
-            node.text("dtype").and_then(|name| name.parse().ok()).ok_or("has no usable dtype")?;
+        let codec = codec(node)?;
         let shape: Vec<usize> = node
             .ints("shape")
             .and_then(|dims| dims.iter().map(|&dim| usize::try_from(dim).ok()).collect())
             .ok_or("has no usable shape")?;
-        let elements = shape.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim));
-        let bytes = elements.and_then(|n| n.checked_mul(dtype.size()));
-        let bytes = bytes.filter(|&bytes| bytes < MAX_FRAME).ok_or("is larger than a frame")?;
+        // Decoded a tensor has four bytes an element at most, and must be no larger either.
+        let decoded = Codec::plain(Dtype::F32).bytes(&shape).filter(|&bytes| bytes < MAX_FRAME);
+        let bytes = decoded.and(codec.bytes(&shape)).filter(|&bytes| bytes < MAX_FRAME);
+        let bytes = bytes.ok_or("is larger than a frame")?;
+        // What is quantised is f32 on both nodes.
+        let dtype = if codec.largest().is_some() { Dtype::F32 } else { codec.dtype };
         let info = &mut self.program.slots[slot.0];
         if info.dtype.is_some_and(|known| known != dtype) {
             return Err("has another dtype than its tensor");
@@ -389,16 +393,28 @@ impl<'a> Builder<'a> {
             return Err("has another shape than its tensor");
         }
         info.dtype = Some(dtype);
-        info.shape = Some(shape);
+        info.shape = Some(shape.clone());
         Ok(Crossing {
             transfer: transfer as u32,
             peer: usable.ok_or("names a peer that is not in the cluster")?,
             step: node.int("step").and_then(|step| usize::try_from(step).ok()),
-            dtype,
+            codec,
+            shape,
             bytes,
             slot,
         })
     }
+}
+
+/// How a send or receive says that its tensor is written.
+fn codec(node: &NodeProto) -> Result<Codec, &'static str> {
+    let dtype = node.text("dtype").and_then(|name| name.parse().ok());
+    let packing = match node.text("packing") {
+        Some(name) => name.parse().map_err(|_| "has no usable packing")?,
+        None => Packing::None,
+    };
+    let signed = node.int("signed") != Some(0);
+    Ok(Codec { dtype: dtype.ok_or("has no usable dtype")?, signed, packing })
 }
 
 /// Names a node takes, its subgraphs' included.

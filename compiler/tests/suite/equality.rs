@@ -5,7 +5,9 @@ use snn_schemas::policy::Wire;
 use snn_schemas::{Dtype, Packing};
 
 use crate::fixtures::{Activation, Net, chain, image, residual, style, styles};
-use crate::{assert_close, assert_within, engine, policy, reference, rounded, run_fused, shape, split};
+use crate::{
+    assert_close, assert_within, engine, policy, reference, rounded, run_fused, shape, split,
+};
 
 /// Images a case is tried on.
 const IMAGES: usize = 2;

@@ -2,13 +2,15 @@
 //!
 //! An [`Engine`] loads a [`Program`] and gives an [`Executor`], which holds the memory of every
 //! request in progress. Between its segments a tensor stays there in whatever form the engine likes;
-//! only what travels, enters or leaves is written and read as plain little-endian elements. An
-//! executor lives on one thread.
+//! only what travels, enters or leaves is written and read: as plain little-endian elements, or, to and
+//! from other nodes, as the transfer's codec says. An executor lives on one thread.
 
 pub mod slowed;
 pub mod tract;
 
 use bytes::BytesMut;
+
+use snn_schemas::Codec;
 
 use crate::shard::{Program, Slot};
 
@@ -39,6 +41,18 @@ pub trait Executor {
     /// Gives a request's memory back.
     fn end(&mut self, job: Job);
 
+    /// Fills a slot with a tensor from another node, from the payload that `codec` wrote.
+    ///
+    /// # Errors
+    /// The payload is of another tensor.
+    fn receive(
+        &mut self,
+        job: Job,
+        slot: Slot,
+        codec: Codec,
+        payload: &[u8],
+    ) -> Result<(), EngineError>;
+
     /// Fills a slot with a tensor's elements, row-major and little-endian.
     ///
     /// # Errors
@@ -50,6 +64,18 @@ pub trait Executor {
     /// # Errors
     /// What the engine says.
     fn compute(&mut self, job: Job, segment: usize) -> Result<(), EngineError>;
+
+    /// Appends a tensor as `codec` writes it for another node.
+    ///
+    /// # Errors
+    /// The slot is empty.
+    fn send(
+        &mut self,
+        job: Job,
+        slot: Slot,
+        codec: Codec,
+        into: &mut BytesMut,
+    ) -> Result<(), EngineError>;
 
     /// Appends a tensor's elements, row-major and little-endian.
     ///

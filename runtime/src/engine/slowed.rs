@@ -10,7 +10,7 @@
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use snn_schemas::Dtype;
+use snn_schemas::Codec;
 
 use super::{Engine, EngineError, Executor, Job};
 use crate::pause;
@@ -62,7 +62,7 @@ fn least_times(
         let job = executor.begin();
         for &slot in &program.inputs {
             let shape = program.slot(slot).shape.iter().flatten();
-            let bytes = shape.product::<usize>() * Dtype::F32.size();
+            let bytes = shape.product::<usize>() * size_of::<f32>();
             executor.write(job, slot, &vec![0; bytes])?;
         }
         for step in &program.steps {
@@ -73,7 +73,8 @@ fn least_times(
                     least[*segment] = least[*segment].min(start.elapsed());
                 }
                 Step::Receive(crossing) => {
-                    executor.write(job, crossing.slot, &vec![0; crossing.bytes])?;
+                    let payload = silence(crossing.codec, &crossing.shape);
+                    executor.receive(job, crossing.slot, crossing.codec, &payload)?;
                 }
                 Step::Send(_) => {}
             }
@@ -82,6 +83,17 @@ fn least_times(
         runs += 1;
     }
     Ok(least)
+}
+
+/// What a tensor of zeros is on the wire.
+fn silence(codec: Codec, shape: &[usize]) -> BytesMut {
+    let elements: usize = shape.iter().product();
+    let mut payload = BytesMut::new();
+    match codec.largest() {
+        Some(_) => codec.put_numbers(&vec![0.0; elements], Codec::run(shape), &mut payload),
+        None => codec.put_elements(&vec![0; elements * codec.dtype.bits() / 8], &mut payload),
+    }
+    payload
 }
 
 struct SlowedExecutor {
@@ -102,6 +114,26 @@ impl Executor for SlowedExecutor {
 
     fn write(&mut self, job: Job, slot: Slot, elements: &[u8]) -> Result<(), EngineError> {
         self.inner.write(job, slot, elements)
+    }
+
+    fn receive(
+        &mut self,
+        job: Job,
+        slot: Slot,
+        codec: Codec,
+        payload: &[u8],
+    ) -> Result<(), EngineError> {
+        self.inner.receive(job, slot, codec, payload)
+    }
+
+    fn send(
+        &mut self,
+        job: Job,
+        slot: Slot,
+        codec: Codec,
+        into: &mut BytesMut,
+    ) -> Result<(), EngineError> {
+        self.inner.send(job, slot, codec, into)
     }
 
     fn compute(&mut self, job: Job, segment: usize) -> Result<(), EngineError> {

@@ -13,7 +13,7 @@ use bytes::BytesMut;
 use prost::Message as _;
 use rayon::ThreadPool;
 use rayon::iter::{IntoParallelIterator as _, ParallelIterator as _};
-use snn_schemas::Dtype;
+use snn_schemas::{Codec, Dtype};
 use tract_linalg::multithread::Executor as Threads;
 use tract_onnx::prelude::*;
 use tract_onnx::tract_core::internal::{TractErrorContext as _, bail};
@@ -221,21 +221,24 @@ impl Executor for TractExecutor {
     }
 
     fn write(&mut self, job: Job, slot: Slot, elements: &[u8]) -> Result<(), EngineError> {
+        let dtype = self.program.slot(slot).dtype.unwrap_or_default();
+        self.receive(job, slot, Codec::plain(dtype), elements)
+    }
+
+    fn receive(
+        &mut self,
+        job: Job,
+        slot: Slot,
+        codec: Codec,
+        payload: &[u8],
+    ) -> Result<(), EngineError> {
         let info = self.program.slot(slot);
         let (Some(shape), Some(dtype)) = (&info.shape, info.dtype) else {
             return Err(self.wrong(slot, "has no fixed shape"));
         };
-        let datum = match dtype {
-            Dtype::F32 => f32::datum_type(),
-            Dtype::F16 => f16::datum_type(),
-        };
+        let datum = if dtype == Dtype::F16 { f16::datum_type() } else { f32::datum_type() };
         let mut tensor = Tensor::zero_dt(datum, shape).map_err(|error| self.wrong(slot, error))?;
-        let bytes = tensor.as_bytes_mut();
-        if bytes.len() != elements.len() {
-            let reason = format!("{} bytes, expected {}", elements.len(), bytes.len());
-            return Err(self.wrong(slot, reason));
-        }
-        bytes.copy_from_slice(elements);
+        decode(codec, payload, shape, &mut tensor).map_err(|reason| self.wrong(slot, reason))?;
         if self.blocked.contains_key(&slot) {
             let lanes = self.segments.iter().find_map(|plan| plan.fact_of(slot));
             let fact = lanes.ok_or_else(|| self.wrong(slot, "is of no segment"))?;
@@ -265,9 +268,49 @@ impl Executor for TractExecutor {
         Ok(())
     }
 
+    fn send(
+        &mut self,
+        job: Job,
+        slot: Slot,
+        codec: Codec,
+        into: &mut BytesMut,
+    ) -> Result<(), EngineError> {
+        let value = self.planar(job, slot)?;
+        if codec.largest().is_none() {
+            codec.put_elements(value.as_bytes(), into);
+            return Ok(());
+        }
+        let plain = value.try_as_plain_ram();
+        let numbers = plain
+            .as_ref()
+            .map_err(one_line)
+            .and_then(|plain| plain.as_slice::<f32>().map_err(|error| one_line(&error)));
+        let numbers = numbers.map_err(|reason| self.wrong(slot, reason))?;
+        codec.put_numbers(numbers, Codec::run(value.shape()), into);
+        Ok(())
+    }
+
     fn shape(&self, job: Job, slot: Slot) -> Result<Vec<usize>, EngineError> {
         Ok(self.planar(job, slot)?.shape().to_vec())
     }
+}
+
+/// Reads a payload into the tensor it is of.
+fn decode(
+    codec: Codec,
+    payload: &[u8],
+    shape: &[usize],
+    tensor: &mut Tensor,
+) -> Result<(), String> {
+    let done = match codec.largest() {
+        None => codec.read_elements(payload, tensor.as_bytes_mut()),
+        Some(_) => {
+            let mut plain = tensor.try_as_plain_ram_mut().map_err(|error| one_line(&error))?;
+            let numbers = plain.as_slice_mut::<f32>().map_err(|error| one_line(&error))?;
+            codec.read_numbers(payload, Codec::run(shape), numbers)
+        }
+    };
+    done.map_err(|error| error.to_string())
 }
 
 fn from_blocks(blocked: &Tensor, channels: usize) -> TractResult<TValue> {

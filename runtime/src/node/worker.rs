@@ -156,7 +156,7 @@ impl Worker {
         let Some(Step::Receive(crossing)) = self.program.steps.get(work.at) else { return Ok(()) };
         let waited = work.blocked.elapsed();
         let start = Instant::now();
-        executor.write(work.job, crossing.slot, elements)?;
+        executor.receive(work.job, crossing.slot, crossing.codec, elements)?;
         self.core.recorder.span(Kind::Decode, crossing.transfer, work.request, start);
         let mut report = lock(&self.core.report);
         report.codec_ms += milliseconds(start.elapsed());
@@ -171,6 +171,7 @@ impl Worker {
     fn miss(&self, executor: &mut dyn Executor, work: &mut Working) -> Result<(), EngineError> {
         let Some(Step::Receive(crossing)) = self.program.steps.get(work.at) else { return Ok(()) };
         lock(&self.core.report).missed += 1;
+        // Codes, scales and the form of an unpacked payload are all zero.
         let zeros = vec![0; crossing.bytes];
         self.receive(executor, work, &zeros)
     }
@@ -207,9 +208,9 @@ impl Worker {
         let within = work.deadline.saturating_duration_since(start);
         let about = (crossing.transfer, within);
         let rank = self.core.identity.rank as u16;
-        let mut frame =
-            TensorFrame::begin(crossing.dtype, rank, work.request, about, crossing.bytes);
-        executor.read(work.job, crossing.slot, &mut frame)?;
+        let dtype = crossing.codec.dtype;
+        let mut frame = TensorFrame::begin(dtype, rank, work.request, about, crossing.bytes);
+        executor.send(work.job, crossing.slot, crossing.codec, &mut frame)?;
         if self.core.mailbox.is_degraded(work.request) {
             TensorFrame::mark_degraded(&mut frame);
         }
