@@ -86,12 +86,27 @@ fn array(tensor: &Tensor) -> Array {
     Array { shape: tensor.shape().to_vec(), data: tensor.data().to_vec() }
 }
 
+/// Largest difference of two evaluations that round features to `dtype` on the way, where their sums
+/// differ in the last bits: a number halfway between two codes may become either.
+fn rounded(dtype: Dtype) -> f32 {
+    match dtype {
+        Dtype::F32 | Dtype::F16 => TOLERANCE,
+        Dtype::I8 => 1e-3,
+        Dtype::I4 => 1e-2,
+    }
+}
+
 #[track_caller]
 fn assert_close(found: &[f32], expected: &[f32], what: &str) {
+    assert_within(TOLERANCE, found, expected, what);
+}
+
+#[track_caller]
+fn assert_within(tolerance: f32, found: &[f32], expected: &[f32], what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
     for (found, expected) in found.iter().zip(expected) {
         let difference = (found - expected).abs();
-        let allowed = TOLERANCE * expected.abs().max(1.0);
+        let allowed = tolerance * expected.abs().max(1.0);
         assert!(difference <= allowed, "{what}: {found} for {expected}, off by {difference}");
     }
     // Two nets that give nothing but zeros would be equal too.

@@ -6,7 +6,8 @@
 //! gather and one product, whatever G is. Gradients pass the rounding as if it were not there.
 
 use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
-use snn_schemas::{Dtype, Policy};
+use snn_schemas::codec::LEAST;
+use snn_schemas::{Codec, Dtype, Policy};
 
 use crate::kernels::{self, Routes};
 
@@ -30,11 +31,17 @@ pub(crate) fn arrive(base: Tensor<4>, sent: Tensor<4>, policy: &Policy, step: us
 /// `sent` is the un-exchanged output of the block after which the step is sent.
 pub(crate) fn received(sent: Tensor<4>, policy: &Policy, step: usize) -> Option<Tensor<4>> {
     let [_, channels, _, _] = sent.dims();
-    let (source, arrives) = routes(policy, step, channels / policy.groups)?;
+    let group = channels / policy.groups;
+    let (source, arrives) = routes(policy, step, group)?;
     let device = sent.device();
-    let rounded = match policy.dtype {
-        Dtype::F16 => through_f16(sent),
+    let rounded = match policy.dtype_of(step) {
         Dtype::F32 => sent,
+        Dtype::F16 => straight_through(sent, |x| x.cast(FloatDType::F16).cast(FloatDType::F32)),
+        Dtype::I8 | Dtype::I4 => {
+            let keep = policy.levels.keep(policy.steps[step].level, group);
+            let codec = kernels::codec(policy, step);
+            straight_through(sent, |x| quantise(x, codec, group, keep))
+        }
     };
     let source = Tensor::<1, Int>::from_data(TensorData::new(source, [channels]), &device);
     Some(rounded.select(1, source) * mask(arrives, &device)) // [batch, G·c, h, w]
@@ -60,17 +67,36 @@ fn mask(arrives: Vec<f32>, device: &Device) -> Tensor<4> {
     Tensor::from_data(TensorData::new(arrives, [1, channels, 1, 1]), device)
 }
 
-/// Rounds to the nearest f16 (ties to even) and widens again; the gradient passes unchanged.
+/// Rounds by `round`; the gradient passes unchanged.
 ///
 /// `x − x` is zero and adding zero changes nothing, so the value is exactly the rounded one. Without
-/// the detour autodiff would round the gradient to f16 as well, and lose the small ones.
-fn through_f16(x: Tensor<4>) -> Tensor<4> {
+/// the detour autodiff would round the gradient to f16 as well, and lose the small ones, or find that
+/// whole numbers have none at all.
+fn straight_through(x: Tensor<4>, round: impl Fn(Tensor<4>) -> Tensor<4>) -> Tensor<4> {
     let plain = x.clone().detach();
-    let rounded = plain.clone().cast(FloatDType::F16).cast(FloatDType::F32);
+    let rounded = round(plain.clone());
     match x.is_autodiff() {
         true => rounded + (x - plain),
         false => rounded,
     }
+}
+
+/// What arrives of the first `keep` channels of groups of `group` channels: the arithmetic of
+/// [`snn_schemas::codec`]. The other channels are not sent, and anything.
+fn quantise(x: Tensor<4>, codec: Codec, group: usize, keep: usize) -> Tensor<4> {
+    let Some(largest) = codec.largest() else { return x };
+    let [images, channels, height, width] = x.dims();
+    let plane = height * width;
+    let runs = match Codec::run(&[1, keep, height, width]) == plane {
+        true => x.clone().reshape([images * channels, plane]),
+        false => x.clone().reshape([images * channels / group, group * plane]),
+    };
+    let [count, run] = runs.dims();
+    let sent = runs.clone().narrow(1, 0, run.min(keep * plane));
+    let most = sent.abs().max_dim(1).clamp_min(LEAST); // [images · runs, 1]
+    let largest = Tensor::<2>::full([count, 1], largest, &x.device());
+    let codes = (runs * (largest.clone() / most.clone())).round();
+    (codes * (most / largest)).reshape([images, channels, height, width])
 }
 
 #[cfg(test)]
@@ -116,6 +142,35 @@ mod tests {
         let expected: Vec<f32> = swapped.map(|&x| f16::from_f32(x).to_f32()).collect();
         assert_eq!(arrived, expected);
         assert_eq!(arrived[5], 1.0);
+    }
+
+    #[test]
+    fn codes_arrive_as_the_codec_writes_them() {
+        // Planes that have a scale each, and planes that share one.
+        for (height, width) in [(5, 8), (2, 3)] {
+            let (group, plane, images) = (4, height * width, 2);
+            let count = images * 2 * group * plane;
+            let numbers: Vec<f32> =
+                (0..count).map(|i| ((i * 37 % 101) as f32 - 30.0).max(0.0) * 0.173).collect();
+            let device = Device::flex();
+            let data = TensorData::new(numbers.clone(), [images, 2 * group, height, width]);
+            let sent = Tensor::<4>::from_data(data, &device);
+            for (dtype, level, keep) in [(Dtype::I8, 2, 4), (Dtype::I4, 1, 3)] {
+                let policy = policy(&[1, 0], level, dtype);
+                let arrived = values(received(sent.clone(), &policy, 0).unwrap());
+                let codec = kernels::codec(&policy, 0);
+                let run = Codec::run(&[1, keep, height, width]);
+                let mut expected = vec![0.0; count];
+                for half in 0..2 * images {
+                    let from = &numbers[half * group * plane..][..keep * plane];
+                    let to = &mut expected[(half ^ 1) * group * plane..][..keep * plane];
+                    let mut payload = bytes::BytesMut::new();
+                    codec.put_numbers(from, run, &mut payload);
+                    codec.read_numbers(&payload, run, to).unwrap();
+                }
+                assert!(arrived == expected, "{dtype} {height}×{width}");
+            }
+        }
     }
 
     #[test]

@@ -545,7 +545,7 @@ mod tests {
         let mut policy = Policy::from_json(text).unwrap();
         let mut rng = rng(5, "exchange", 0);
         let mut random = || random([4, 9, 3, 5], &mut rng).require_grad();
-        for dtype in [Dtype::F16, Dtype::F32] {
+        for dtype in [Dtype::F16, Dtype::F32, Dtype::I8, Dtype::I4] {
             policy.dtype = dtype;
             for step in 0..2 {
                 let (base, sent, weighing) = (random(), random(), random());

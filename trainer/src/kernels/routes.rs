@@ -7,7 +7,7 @@
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
-use snn_schemas::{Dtype, Policy};
+use snn_schemas::{Codec, Dtype, Policy};
 
 /// Who sends what to whom.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,12 +20,18 @@ pub(crate) struct Routes {
     channels: usize,
     /// Channels that are sent.
     keep: usize,
-    dtype: Dtype,
+    codec: Codec,
+}
+
+/// How step `step` rounds what it sends: what closes a block is a ReLU's, so never below zero.
+pub(crate) fn codec(policy: &Policy, step: usize) -> Codec {
+    Codec { dtype: policy.dtype_of(step), signed: false, packing: policy.packing_of(step) }
 }
 
 impl Routes {
     /// The routes of step `step` for groups of `channels` channels, or `None` if nothing moves.
     pub(crate) fn new(policy: &Policy, step: usize, channels: usize) -> Option<Routes> {
+        let codec = codec(policy, step);
         let step = &policy.steps[step];
         let keep = policy.levels.keep(step.level, channels);
         let mut from = vec![None; policy.groups];
@@ -35,23 +41,36 @@ impl Routes {
             to[source] = Some(destination);
         }
         let moves = keep > 0 && from.iter().any(Option::is_some);
-        moves.then_some(Routes { from, to, channels, keep, dtype: policy.dtype })
+        moves.then_some(Routes { from, to, channels, keep, codec })
     }
 
     /// `base` plus what arrives of `sent`; planes have `plane` values.
     pub(crate) fn add(&self, base: &[f32], sent: &[f32], plane: usize) -> Vec<f32> {
         let group = self.channels * plane;
         let kept = self.keep * plane;
+        let run = Codec::run(&[1, self.keep, plane]);
+        let dtype = self.codec.dtype;
         let mut out = base.to_vec();
         out.par_chunks_mut(group).enumerate().for_each_init(
-            || vec![f16::ZERO; if self.dtype == Dtype::F16 { plane } else { 0 }],
-            |wire, (index, out)| {
+            || (vec![f16::ZERO; if dtype == Dtype::F16 { plane } else { 0 }], Vec::new()),
+            |(wire, codes), (index, out)| {
                 let (image, destination) = (index / self.from.len(), index % self.from.len());
                 let Some(source) = self.from[destination] else { return };
                 let sent = &sent[(image * self.from.len() + source) * group..][..kept];
+                let sent = match dtype {
+                    Dtype::F32 | Dtype::F16 => sent,
+                    Dtype::I8 | Dtype::I4 => {
+                        codes.clear();
+                        codes.extend_from_slice(sent);
+                        self.codec.round(codes, run);
+                        codes
+                    }
+                };
                 for (out, sent) in out.chunks_exact_mut(plane).zip(sent.chunks_exact(plane)) {
-                    match self.dtype {
-                        Dtype::F32 => out.iter_mut().zip(sent).for_each(|(out, sent)| *out += sent),
+                    match dtype {
+                        Dtype::F32 | Dtype::I8 | Dtype::I4 => {
+                            out.iter_mut().zip(sent).for_each(|(out, sent)| *out += sent)
+                        }
                         Dtype::F16 => {
                             wire.convert_from_f32_slice(sent);
                             out.iter_mut()

@@ -91,6 +91,8 @@ fn exchange_is_that_of_a_plain_evaluation() {
         (Family::ResNeXt, 3, 3, 29, Dtype::F32),
         (Family::ResNeXt, 4, 2, 20, Dtype::F16),
         (Family::ResNet, 4, 2, 20, Dtype::F32),
+        (Family::ResNeXt, 2, 1, 20, Dtype::I8),
+        (Family::ResNeXt, 4, 2, 20, Dtype::I8),
     ] {
         let [cardinality, path_width] = match family {
             Family::ResNeXt => [2 * groups, 2],
@@ -123,6 +125,8 @@ fn exchange_is_that_of_a_plain_evaluation() {
         let tolerance = match dtype {
             Dtype::F32 => TOLERANCE,
             Dtype::F16 => ROUNDED,
+            // A number halfway between two codes may become either.
+            Dtype::I8 | Dtype::I4 => 5.0 * ROUNDED,
         };
         assert!(off < tolerance, "G = {groups}, α = {staleness}: off by {off}");
         // A test in which the exchange changed nothing would prove nothing.
@@ -197,6 +201,25 @@ struct Maps {
     width: usize,
 }
 
+/// The first `kept` numbers as they arrive.
+fn rounded(sent: &Maps, kept: usize, dtype: Dtype) -> Vec<f32> {
+    let mut values = sent.values[..kept].to_vec();
+    let plane = sent.height * sent.width;
+    let largest = match dtype {
+        Dtype::F32 => return values,
+        Dtype::F16 => return values.iter().map(|&x| f16::from_f32(x).to_f32()).collect(),
+        Dtype::I8 => 255.0,
+        Dtype::I4 => 15.0,
+    };
+    for run in values.chunks_mut(if plane >= 32 { plane } else { kept.max(1) }) {
+        let most = run.iter().copied().fold(0.0, f32::max);
+        for x in run.iter_mut().filter(|x| **x > 0.0) {
+            *x = (*x * (largest / most)).round_ties_even() * (most / largest);
+        }
+    }
+    values
+}
+
 /// The network's weights by name, and loops over them.
 struct Plain {
     weights: HashMap<String, Vec<f32>>,
@@ -232,12 +255,9 @@ impl Plain {
                         let keep = policy.levels.keep(step.level, sent[from].channels);
                         let kept = keep * sent[from].height * sent[from].width;
                         if from != to {
-                            let arrived = sent[from].values[..kept].iter();
-                            for (sum, &value) in z[to].values.iter_mut().zip(arrived) {
-                                *sum += match policy.dtype {
-                                    Dtype::F16 => f16::from_f32(value).to_f32(),
-                                    Dtype::F32 => value,
-                                };
+                            let arrived = rounded(&sent[from], kept, policy.dtype);
+                            for (sum, value) in z[to].values.iter_mut().zip(arrived) {
+                                *sum += value;
                             }
                         }
                     }
