@@ -125,7 +125,7 @@ pub(crate) fn full(config: &Config) -> Policy {
         let away = 1 + index % (groups - 1).max(1);
         let send_to = (0..groups).map(|group| (group + away) % groups).collect();
         let decision = Decision::new(send_to).unwrap_or_else(|_| Decision::silent(groups));
-        Step { decision, level: config.exchange.levels.full() }
+        Step::new(decision, config.exchange.levels.full())
     };
     Policy { steps: (0..config.steps()).map(step).collect(), ..silent }
 }

@@ -1,12 +1,12 @@
 //! Bytes that a policy sends between G nodes, from the network's shapes alone.
 //!
 //! Takes the settings of a network and a policy for it, and gives [`Wire`]: what crosses per image
-//! if every send is made, what crosses once sends that group 0's classifier cannot feel are left out,
+//! if every send is made (at most, where zeros are packed), what crosses once sends that group 0's classifier cannot feel are left out,
 //! and what a ring all-reduce in f32 after every block would send. The compiler counts the same on
 //! the graph itself; for networks of this crate both agree.
 
 use serde::Serialize;
-use snn_schemas::{Dtype, Policy};
+use snn_schemas::{Codec, Dtype, Policy};
 
 use crate::config::NetConfig;
 
@@ -26,13 +26,18 @@ impl Wire {
     pub fn of(net: &NetConfig, policy: &Policy) -> Wire {
         let elements =
             |block: usize| net.block_shape(block).into_iter().map(|n| n as u64).product::<u64>();
-        let once = 2 * (net.groups as u64).saturating_sub(1) * Dtype::F32.size() as u64;
+        let once = 2 * (net.groups as u64).saturating_sub(1) * (Dtype::F32.bits() / 8) as u64;
         let ring_bytes = (0..net.blocks()).map(|block| once * elements(block)).sum();
         let each: Vec<u64> = (0..policy.steps.len())
             .map(|step| {
                 let [channels, height, width] = net.block_shape(policy.sent_after(step));
                 let keep = policy.levels.keep(policy.steps[step].level, channels);
-                (keep * height * width * policy.dtype.size()) as u64
+                let (dtype, packing) = (policy.dtype_of(step), policy.packing_of(step));
+                let codec = Codec { packing, ..Codec::plain(dtype) };
+                match keep {
+                    0 => 0,
+                    _ => codec.bytes(&[1, keep, height, width]).unwrap_or(0) as u64,
+                }
             })
             .collect();
         let planned = policy.steps.iter().zip(&each);
