@@ -20,7 +20,7 @@ async fn check(net: &Net, staleness: usize, dtype: Dtype) {
     if staleness == 2 {
         policy.packing = Packing::Zeros;
     }
-    let mut fused = Vec::new();
+    let mut fused: Vec<Vec<f32>> = Vec::new();
     for nodes in (1..=net.groups).map(Nodes::Even) {
         let what = format!("G = {}, α = {staleness}, {dtype}, {nodes:?}", net.groups);
         let cluster = Cluster::start(&split(net, Some(&policy), nodes)).await;
