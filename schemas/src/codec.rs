@@ -104,8 +104,8 @@ impl Codec {
     }
 
     /// Elements of a tensor `[images, channels, …]` that share a scale: a channel's, or an image's
-    /// where channels have fewer than [`LEAST_RUN`]. Measured on trained features, a scale a channel
-    /// halves the error of a scale an image (`trainer/RESULTS.md`).
+    /// where channels have fewer than [`LEAST_RUN`]. On the 8×8 features of `examples/models/digits.onnx` a
+    /// scale a channel leaves 0.6 of the error that a scale an image does, for 6 % more bytes in i8.
     pub fn run(shape: &[usize]) -> usize {
         let image: usize = shape.iter().skip(1).product();
         let channel: usize = shape.iter().skip(2).product();
