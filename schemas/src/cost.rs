@@ -17,7 +17,7 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Manifest, Policy};
+use crate::{Codec, Manifest, Policy};
 
 /// Bytes of Ethernet, IP and TCP headers around each full packet of 1448 bytes of payload, as a traffic
 /// shaper and an interface's counters count them (14 + 20 + 32).
@@ -453,7 +453,12 @@ impl Trunk {
         for step in (0..policy.steps.len()).filter(|&step| policy.sent_after(step) == block) {
             let TrunkBlock { channels, elements, .. } = self.blocks[block];
             let keep = policy.levels.keep(policy.steps[step].level, channels);
-            let bytes = (keep * elements * policy.dtype.size()) as u64;
+            let (dtype, packing) = (policy.dtype_of(step), policy.packing_of(step));
+            let codec = Codec { packing, ..Codec::plain(dtype) };
+            let bytes = match keep {
+                0 => 0, // a level that rounds down to no channel sends nothing
+                _ => codec.bytes(&[1, keep, elements]).unwrap_or(usize::MAX) as u64,
+            };
             for (from, to) in self.needed(policy, step, last).collect::<Vec<_>>() {
                 let id = plan.carry(from, to, bytes, true);
                 plan.nodes[from].push(Piece::Send(id));

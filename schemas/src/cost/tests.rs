@@ -134,9 +134,8 @@ fn a_link_carries_its_rate_less_headers() {
 }
 
 fn policy(staleness: usize, decisions: &[[usize; 2]]) -> Policy {
-    let step = |send_to: &[usize; 2]| Step {
-        decision: Decision::new(send_to.to_vec()).unwrap(),
-        level: Levels::default().full(),
+    let step = |send_to: &[usize; 2]| {
+        Step::new(Decision::new(send_to.to_vec()).unwrap(), Levels::default().full())
     };
     let steps = decisions.iter().map(step).collect();
     Policy { dtype: Dtype::F16, steps, ..Policy::silent(2, staleness, 0) }
