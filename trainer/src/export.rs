@@ -40,7 +40,8 @@ pub fn write_onnx(network: &Network, data: &Data) -> Result<Vec<u8>, TrainError>
 /// The same with the exchanges of `policy` in it: a channel gather, a cast, a mask, an addition a step.
 ///
 /// # Errors
-/// As [`write_onnx`].
+/// As [`write_onnx`]; or features travel otherwise than all in f32 or all in f16: quantising is the
+/// compiler's to write.
 ///
 /// # Panics
 /// If the policy is for another number of groups or more steps than the trunk has.
@@ -49,16 +50,33 @@ pub fn write_exchanging(
     policy: &Policy,
     data: &Data,
 ) -> Result<Vec<u8>, TrainError> {
+    let dtype = float_of(policy)?;
     // The exporter knows no casts between floats: they are put in where features travel.
-    let exact = Policy { dtype: Dtype::F32, ..policy.clone() };
+    let mut exact = Policy { dtype: Dtype::F32, ..policy.clone() };
+    exact.steps.iter_mut().for_each(|step| step.wire.dtype = None);
     let bytes = write(network, data, |network, images| {
         network.forward_with(images, &exact, Stats::Stored)
     })?;
     let mut model = onnx::decode(Bytes::from(bytes))?;
-    if let (Some(graph), Dtype::F16) = (&mut model.graph, policy.dtype) {
+    if let (Some(graph), Dtype::F16) = (&mut model.graph, dtype) {
         round(graph);
     }
     Ok(onnx::encode(&model))
+}
+
+/// The floating-point type in which all of a policy's features travel.
+fn float_of(policy: &Policy) -> Result<Dtype, TrainError> {
+    let mut dtypes = (0..policy.steps.len()).map(|step| policy.dtype_of(step));
+    let first = dtypes.next().unwrap_or_default();
+    let others = dtypes.find(|&dtype| dtype != first);
+    match (first, others) {
+        (Dtype::F32 | Dtype::F16, None) => Ok(first),
+        (dtype, other) => Err(TrainError::Data(format!(
+            "policy: features travel in {}, which only the compiler writes into a model: judge what \
+             `snnc split --nodes 1` makes of it, with --model",
+            other.map_or(dtype.to_string(), |other| format!("{dtype} and {other}"))
+        ))),
+    }
 }
 
 /// Rounds to f16 what each exchange gathers; nothing else in these networks is gathered.
@@ -197,5 +215,23 @@ impl ModuleMapper for Fill {
             }
         };
         Param::from_mapped_value(id, filled, mapper)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use snn_schemas::{Decision, Step};
+
+    use super::*;
+
+    #[test]
+    fn features_that_are_quantised_are_left_to_the_compiler() {
+        let step = Step::new(Decision::silent(2), 0);
+        let of = |dtype| Policy { dtype, steps: vec![step.clone(); 2], ..Policy::silent(2, 1, 0) };
+        assert_eq!(float_of(&of(Dtype::F16)).unwrap(), Dtype::F16);
+        assert!(float_of(&of(Dtype::I8)).unwrap_err().to_string().contains("travel in i8, which"));
+        let mut mixed = of(Dtype::F32);
+        mixed.steps[1].wire.dtype = Some(Dtype::F16);
+        assert!(float_of(&mixed).unwrap_err().to_string().contains("in f32 and f16, which"));
     }
 }
