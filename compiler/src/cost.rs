@@ -5,7 +5,7 @@
 
 use snn_schemas::cost::Piece;
 use snn_schemas::manifest::{Cost, PaperCost, WireCost};
-use snn_schemas::{Codec, Dtype, Policy};
+use snn_schemas::{Dtype, Policy};
 
 use crate::graph::{Arg, Graph, Op, OpId, const_elements, elem_size};
 use crate::groups::{GroupBlock, Meaning, meaning_of};
@@ -53,16 +53,7 @@ fn ring_bytes(blocks: &[GroupBlock], groups: usize) -> u64 {
 /// What the policy would send between G nodes if every send were needed.
 fn planned_bytes(blocks: &[GroupBlock], policy: &Policy) -> u64 {
     let step_bytes = |(index, step): (usize, &snn_schemas::Step)| {
-        let mut shape = blocks[policy.sent_after(index)].shape.clone();
-        if let Some(channels) = shape.get_mut(1) {
-            *channels = policy.levels.keep(step.level, *channels);
-        }
-        let (dtype, packing) = (policy.dtype_of(index), policy.packing_of(index));
-        let codec = Codec { packing, ..Codec::plain(dtype) };
-        let once = match elements(&shape) {
-            0 => 0, // a level that rounds down to no channel sends nothing
-            _ => codec.bytes(&shape).unwrap_or(0) as u64,
-        };
+        let once = policy.send_bytes(index, &blocks[policy.sent_after(index)].shape);
         step.decision.sends().count() as u64 * once
     };
     policy.steps.iter().enumerate().map(step_bytes).sum()

@@ -17,7 +17,7 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Codec, Manifest, Policy};
+use crate::{Manifest, Policy, Reach};
 
 /// Bytes of Ethernet, IP and TCP headers around each full packet of 1448 bytes of payload, as a traffic
 /// shaper and an interface's counters count them (14 + 20 + 32).
@@ -421,79 +421,42 @@ impl Trunk {
         if found * policy.staleness > blocks {
             return Err(CostError::Steps { found, staleness: policy.staleness, blocks });
         }
-        let last = self.last_needed(policy);
+        let bytes = |step: usize| {
+            let TrunkBlock { channels, elements, .. } = self.blocks[policy.sent_after(step)];
+            policy.send_bytes(step, &[1, channels, elements])
+        };
+        let Reach { sends, blocks: computed } = Reach::of(policy, blocks, |step| bytes(step) > 0);
         let mut plan = Plan { entry: 0, nodes: vec![vec![]; policy.groups], transfers: vec![] };
-        for rank in (1..policy.groups).filter(|&rank| last[rank] > 0) {
+        for rank in (1..policy.groups).filter(|&rank| computed[rank] > 0) {
             let id = plan.carry(0, rank, self.input_bytes, false);
             plan.nodes[0].push(Piece::Send(id));
             plan.nodes[rank].push(Piece::Receive(id));
         }
-        let stem = |rank: usize| last[rank] > 0 && self.stem_flops > 0;
+        let stem = |rank: usize| computed[rank] > 0 && self.stem_flops > 0;
         for rank in (0..policy.groups).filter(|&rank| stem(rank)) {
             plan.nodes[rank].push(Piece::Compute(self.stem_flops));
         }
+        // What each step has sent, to be received under the same numbers later.
+        let mut carried: Vec<Vec<(u32, usize)>> = vec![vec![]; policy.steps.len()];
         for block in 0..blocks {
-            for rank in (0..policy.groups).filter(|&rank| block < last[rank]) {
+            for rank in (0..policy.groups).filter(|&rank| block < computed[rank]) {
                 plan.nodes[rank].push(Piece::Compute(self.blocks[block].flops));
             }
-            self.exchange(policy, block, &last, &mut plan);
+            for step in (0..policy.steps.len()).filter(|&step| policy.sent_after(step) == block) {
+                for &(from, to) in &sends[step] {
+                    let id = plan.carry(from, to, bytes(step), true);
+                    plan.nodes[from].push(Piece::Send(id));
+                    carried[step].push((id, to));
+                }
+            }
+            for step in (0..policy.steps.len()).filter(|&step| policy.added_in(step) == block) {
+                for &(id, to) in &carried[step] {
+                    plan.nodes[to].push(Piece::Receive(id));
+                }
+            }
         }
         plan.nodes[0].push(Piece::Compute(self.head_flops));
         Ok(plan)
-    }
-
-    /// What is sent and what is received after a block. A step's transfers are numbered when they are
-    /// sent, and received under these numbers later.
-    fn exchange(&self, policy: &Policy, block: usize, last: &[usize], plan: &mut Plan) {
-        let before = |step: &usize| {
-            let steps = policy.steps.iter().take(*step).enumerate();
-            steps.map(|(step, _)| self.needed(policy, step, last).count()).sum::<usize>()
-        };
-        let inputs = last.iter().skip(1).filter(|&&last| last > 0).count();
-        for step in (0..policy.steps.len()).filter(|&step| policy.sent_after(step) == block) {
-            let TrunkBlock { channels, elements, .. } = self.blocks[block];
-            let keep = policy.levels.keep(policy.steps[step].level, channels);
-            let (dtype, packing) = (policy.dtype_of(step), policy.packing_of(step));
-            let codec = Codec { packing, ..Codec::plain(dtype) };
-            let bytes = match keep {
-                0 => 0, // a level that rounds down to no channel sends nothing
-                _ => codec.bytes(&[1, keep, elements]).unwrap_or(usize::MAX) as u64,
-            };
-            for (from, to) in self.needed(policy, step, last).collect::<Vec<_>>() {
-                let id = plan.carry(from, to, bytes, true);
-                plan.nodes[from].push(Piece::Send(id));
-            }
-        }
-        for step in (0..policy.steps.len()).filter(|&step| policy.added_in(step) == block) {
-            let first = inputs + before(&step);
-            for (index, (_, to)) in self.needed(policy, step, last).enumerate() {
-                plan.nodes[to].push(Piece::Receive((first + index) as u32));
-            }
-        }
-    }
-
-    /// The sends of a step whose receivers still matter.
-    fn needed<'a>(
-        &self,
-        policy: &'a Policy,
-        step: usize,
-        last: &'a [usize],
-    ) -> impl Iterator<Item = (usize, usize)> + use<'a> {
-        let added = policy.added_in(step);
-        policy.steps[step].decision.sends().filter(move |&(_, to)| last[to] > added)
-    }
-
-    /// For each group how many blocks it computes: only what reaches group 0's last block matters.
-    fn last_needed(&self, policy: &Policy) -> Vec<usize> {
-        let mut last = vec![0; policy.groups];
-        last[0] = self.blocks.len();
-        for step in (0..policy.steps.len()).rev() {
-            let sends: Vec<_> = self.needed(policy, step, &last).collect();
-            for (from, _) in sends {
-                last[from] = last[from].max(policy.sent_after(step) + 1);
-            }
-        }
-        last
     }
 }
 

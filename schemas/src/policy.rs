@@ -12,7 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::MAX_GROUPS;
-use crate::codec::Packing;
+use crate::codec::{Codec, Packing};
 
 /// The only version of the policy file there is so far.
 pub const POLICY_VERSION: u32 = 1;
@@ -299,6 +299,24 @@ impl Policy {
     /// What becomes of zeros in step `step`.
     pub fn packing_of(&self, step: usize) -> Packing {
         self.steps[step].wire.packing.unwrap_or(self.packing)
+    }
+
+    /// How step `step` travels where what closes a block is a ReLU's, so never below zero.
+    pub fn codec_of(&self, step: usize) -> Codec {
+        Codec { dtype: self.dtype_of(step), signed: false, packing: self.packing_of(step) }
+    }
+
+    /// Bytes of one send of step `step`, at most where zeros are packed; `shape` is that of a group's
+    /// whole tensor, `[1, channels, …]`. A level that rounds down to no channel sends nothing.
+    pub fn send_bytes(&self, step: usize, shape: &[usize]) -> u64 {
+        let mut shape = shape.to_vec();
+        if let Some(channels) = shape.get_mut(1) {
+            *channels = self.levels.keep(self.steps[step].level, *channels);
+        }
+        match shape.contains(&0) {
+            true => 0,
+            false => self.codec_of(step).bytes(&shape).unwrap_or(0) as u64,
+        }
     }
 
     /// The paper's communication cost, as a fraction of a ring all-reduce after every block.

@@ -29,25 +29,11 @@ mod trust;
 
 use std::path::Path;
 
-use fixtures::{Net, policy, style};
+use fixtures::{Net, TOLERANCE, policy, ring, rounded, style};
 use snn::run::input::Array;
 use snn_compiler::{Nodes, Options, PolicySource, Source, Split, compile};
 use snn_runtime::Tensor;
-use snn_schemas::policy::Step;
-use snn_schemas::{Decision, Dtype, Levels, Policy};
-
-/// Largest difference between two ways of computing one answer: the order of sums differs.
-const TOLERANCE: f32 = 1e-4;
-
-/// A policy in which everybody sends everything on to the next group at each step.
-fn ring(net: &Net, staleness: usize, dtype: Dtype) -> Policy {
-    let groups = net.groups;
-    let send_to = (0..groups).map(|group| (group + 1) % groups).collect();
-    let levels = Levels::default();
-    let step = Step::new(Decision::new(send_to).unwrap(), levels.full());
-    let steps = vec![step; Policy::steps_for(net.blocks.len(), staleness)];
-    Policy { dtype, levels, steps, ..Policy::silent(groups, staleness, 0) }
-}
+use snn_schemas::Policy;
 
 fn split(net: &Net, policy: Option<&Policy>, nodes: Nodes) -> Split {
     let source = Source::from_bytes(net.onnx(style("burn")).into()).unwrap();
@@ -84,16 +70,6 @@ fn image(net: &Net, seed: usize) -> Tensor {
 
 fn array(tensor: &Tensor) -> Array {
     Array { shape: tensor.shape().to_vec(), data: tensor.data().to_vec() }
-}
-
-/// Largest difference of two evaluations that round features to `dtype` on the way, where their sums
-/// differ in the last bits: a number halfway between two codes may become either.
-fn rounded(dtype: Dtype) -> f32 {
-    match dtype {
-        Dtype::F32 | Dtype::F16 => TOLERANCE,
-        Dtype::I8 => 1e-3,
-        Dtype::I4 => 1e-2,
-    }
 }
 
 #[track_caller]

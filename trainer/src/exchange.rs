@@ -39,7 +39,7 @@ pub(crate) fn received(sent: Tensor<4>, policy: &Policy, step: usize) -> Option<
         Dtype::F16 => straight_through(sent, |x| x.cast(FloatDType::F16).cast(FloatDType::F32)),
         Dtype::I8 | Dtype::I4 => {
             let keep = policy.levels.keep(policy.steps[step].level, group);
-            let codec = kernels::codec(policy, step);
+            let codec = policy.codec_of(step);
             straight_through(sent, |x| quantise(x, codec, group, keep))
         }
     };
@@ -158,7 +158,7 @@ mod tests {
             for (dtype, level, keep) in [(Dtype::I8, 2, 4), (Dtype::I4, 1, 3)] {
                 let policy = policy(&[1, 0], level, dtype);
                 let arrived = values(received(sent.clone(), &policy, 0).unwrap());
-                let codec = kernels::codec(&policy, 0);
+                let codec = policy.codec_of(0);
                 let run = Codec::run(&[1, keep, height, width]);
                 let mut expected = vec![0.0; count];
                 for half in 0..2 * images {

@@ -1,12 +1,12 @@
 //! Bytes that a policy sends between G nodes, from the network's shapes alone.
 //!
 //! Takes the settings of a network and a policy for it, and gives [`Wire`]: what crosses per image
-//! if every send is made (at most, where zeros are packed), what crosses once sends that group 0's classifier cannot feel are left out,
-//! and what a ring all-reduce in f32 after every block would send. The compiler counts the same on
-//! the graph itself; for networks of this crate both agree.
+//! if every send is made (at most, where zeros are packed), what crosses once sends that group 0's
+//! classifier cannot feel are left out, and what a ring all-reduce in f32 after every block would send.
+//! The compiler counts the same on the graph itself; for networks of this crate both agree.
 
 use serde::Serialize;
-use snn_schemas::{Codec, Dtype, Policy};
+use snn_schemas::{Dtype, Policy, Reach};
 
 use crate::config::NetConfig;
 
@@ -31,19 +31,16 @@ impl Wire {
         let each: Vec<u64> = (0..policy.steps.len())
             .map(|step| {
                 let [channels, height, width] = net.block_shape(policy.sent_after(step));
-                let keep = policy.levels.keep(policy.steps[step].level, channels);
-                let (dtype, packing) = (policy.dtype_of(step), policy.packing_of(step));
-                let codec = Codec { packing, ..Codec::plain(dtype) };
-                match keep {
-                    0 => 0,
-                    _ => codec.bytes(&[1, keep, height, width]).unwrap_or(0) as u64,
-                }
+                policy.send_bytes(step, &[1, channels, height, width])
             })
             .collect();
         let planned = policy.steps.iter().zip(&each);
         let planned_bytes =
             planned.map(|(step, bytes)| step.decision.sends().count() as u64 * bytes).sum();
-        Wire { bytes: needed(net, policy, &each), planned_bytes, ring_bytes }
+        let reach = Reach::of(policy, net.blocks(), |step| each[step] > 0);
+        let needed = reach.sends.iter().zip(&each);
+        let bytes = needed.map(|(sends, bytes)| sends.len() as u64 * bytes).sum();
+        Wire { bytes, planned_bytes, ring_bytes }
     }
 
     /// [`Wire::bytes`] as a part of the ring's.
@@ -61,40 +58,6 @@ impl Wire {
             ring => self.planned_bytes as f64 / ring as f64,
         }
     }
-}
-
-/// Goes back from the classifier and adds up the sends whose receiver's features are still needed;
-/// a send of step t is `each[t]` bytes.
-fn needed(net: &NetConfig, policy: &Policy, each: &[u64]) -> u64 {
-    let blocks = net.blocks();
-    // Whether group g's output of block b is needed, for each b and g.
-    let mut output = vec![vec![false; net.groups]; blocks];
-    if let Some(last) = output.last_mut() {
-        last[0] = true;
-    }
-    let mut bytes = 0;
-    for block in (0..blocks).rev() {
-        let mut computed = output[block].clone();
-        let step = block / policy.staleness;
-        if step < policy.steps.len() && policy.added_in(step) == block && each[step] > 0 {
-            let sent = policy.sent_after(step);
-            for (from, to) in policy.steps[step].decision.sends() {
-                if output[block][to] {
-                    bytes += each[step];
-                    match sent == block {
-                        // Sent before anything is received in the same block.
-                        true => computed[from] = true,
-                        false => output[sent][from] = true,
-                    }
-                }
-            }
-        }
-        if block > 0 {
-            let before = output[block - 1].iter_mut().zip(computed);
-            before.for_each(|(before, computed)| *before |= computed);
-        }
-    }
-    bytes
 }
 
 #[cfg(test)]

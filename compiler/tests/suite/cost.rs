@@ -1,10 +1,10 @@
 //! Predicted times: what the cost model makes of compiled networks, and of networks not compiled yet.
 
 use snn_compiler::{Nodes, Source, Split, flops};
-use snn_schemas::Policy;
 use snn_schemas::cost::{Device, Link, Piece, Plan, Trunk, TrunkBlock};
+use snn_schemas::{Dtype, Policy};
 
-use crate::fixtures::{Net, sep_resnext, style};
+use crate::fixtures::{Net, ring, sep_resnext, style};
 use crate::split;
 
 /// Table 6's policy with sparsification and f16, for Sep-ResNeXt-56 4×16d.
@@ -96,5 +96,18 @@ fn a_network_is_predicted_before_it_is_compiled() {
         let [before, after] =
             [&before, &after].map(|plan| plan.predict(&device, &link).expect("sound").latency);
         assert!((before / after - 1.0).abs() < 0.002, "{link:?}: {before} s, compiled {after} s");
+    }
+}
+
+/// With α = 1 a block's features are sent before anything is added to them.
+#[test]
+fn a_network_that_exchanges_after_each_block_is_predicted_too() {
+    let policy = ring(&net(), 1, Dtype::F32);
+    let split = split(net().onnx(style("burn")), Some(&policy), Nodes::PerGroup);
+    let (before, after) = (trunk().plan(&policy).expect("it fits"), plan(&split));
+    let exchanged = |plan: &Plan| plan.transfers.iter().filter(|carried| carried.exchange).count();
+    assert_eq!(exchanged(&before), exchanged(&after));
+    for rank in 0..4 {
+        assert_eq!(before.flops(rank), after.flops(rank), "rank {rank}");
     }
 }

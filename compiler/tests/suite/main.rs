@@ -20,12 +20,9 @@ mod placements;
 mod snapshots;
 mod torch;
 
-use fixtures::{Net, policy};
+use fixtures::{Net, TOLERANCE, policy, rounded};
 use snn_compiler::{CompileError, Nodes, Options, PolicySource, Source, Split, compile};
-use snn_schemas::{Dtype, Policy};
-
-/// Largest difference of two evaluations in f32 of one function: the order of sums differs.
-const TOLERANCE: f32 = 1e-4;
+use snn_schemas::Policy;
 
 fn policy_source(policy: &Policy) -> PolicySource {
     PolicySource::from_bytes(policy.to_json().as_bytes()).expect("a valid policy")
@@ -55,16 +52,6 @@ fn shape(net: &Net) -> [usize; 4] {
 #[track_caller]
 fn assert_close(found: &[f32], expected: &[f32], what: &str) {
     assert_within(TOLERANCE, found, expected, what);
-}
-
-/// Largest difference of two evaluations that round features to `dtype` on the way, where their sums
-/// differ in the last bits: a number halfway between two codes may become either.
-fn rounded(dtype: Dtype) -> f32 {
-    match dtype {
-        Dtype::F32 | Dtype::F16 => TOLERANCE,
-        Dtype::I8 => 1e-3,
-        Dtype::I4 => 1e-2,
-    }
 }
 
 #[track_caller]

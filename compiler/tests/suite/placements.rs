@@ -1,10 +1,9 @@
 //! Where ops go: what is dropped, what is copied, what is the same each time.
 
 use snn_compiler::{Nodes, Split};
-use snn_schemas::policy::Step;
-use snn_schemas::{Decision, Dtype, Policy};
+use snn_schemas::Dtype;
 
-use crate::fixtures::{residual, style};
+use crate::fixtures::{residual, ring, style};
 use crate::{policy, split};
 
 fn bytes(split: &Split) -> Vec<Vec<u8>> {
@@ -24,19 +23,12 @@ fn the_same_input_gives_the_same_bytes() {
     }
 }
 
-/// A policy in which everybody sends on to the next group at each step.
-fn ring(groups: usize, staleness: usize, steps: usize) -> Policy {
-    let send_to = (0..groups).map(|group| (group + 1) % groups).collect();
-    let step = Step::new(Decision::new(send_to).expect("a permutation"), 8);
-    Policy { steps: vec![step; steps], ..Policy::silent(groups, staleness, 0) }
-}
-
 #[test]
 fn features_that_cannot_reach_the_output_are_neither_computed_nor_sent() {
     // In a ring of four groups group 0 is reached from group 3 in the last step, from group 2 in
     // the last two, from group 1 in the last three.
     let net = residual(4, &[5], 8);
-    let split = split(net.onnx(style("burn")), Some(&ring(4, 1, 5)), Nodes::PerGroup);
+    let split = split(net.onnx(style("burn")), Some(&ring(&net, 1, Dtype::F32)), Nodes::PerGroup);
     let groups: Vec<&[usize]> =
         split.manifest.blocks.iter().map(|block| block.groups.as_slice()).collect();
     // Group 3 computes block 5 too: with α = 1 it sends what that very block gives.
@@ -61,7 +53,7 @@ fn without_a_policy_only_the_first_group_is_left() {
 #[test]
 fn groups_on_one_node_exchange_for_free() {
     let net = residual(4, &[4], 8);
-    let policy = ring(4, 1, 4);
+    let policy = ring(&net, 1, Dtype::F32);
     let sent = |nodes| {
         split(net.onnx(style("burn")), Some(&policy), nodes).manifest.cost.wire.exchange_bytes
     };
@@ -85,7 +77,7 @@ fn a_sent_tensor_is_awaited_only_where_it_is_added() {
     use snn_compiler::schedule::Action;
     // With α = 2 every node computes block 2 between a send and the receive of the same step.
     let net = residual(2, &[4], 8);
-    let split = split(net.onnx(style("burn")), Some(&ring(2, 2, 2)), Nodes::PerGroup);
+    let split = split(net.onnx(style("burn")), Some(&ring(&net, 2, Dtype::F32)), Nodes::PerGroup);
     let step = |number: &usize| split.cuts[*number].taker.exchange.map(|exchange| exchange.step);
     for shard in &split.shards {
         let position = |wanted: &dyn Fn(&Action) -> bool| shard.actions.iter().position(wanted);

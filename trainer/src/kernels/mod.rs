@@ -12,4 +12,4 @@ mod routes;
 mod taps;
 
 pub(crate) use ops::{ConvNormOptions, conv_norm, exchange, runs_on};
-pub(crate) use routes::{Routes, codec};
+pub(crate) use routes::Routes;

@@ -23,15 +23,10 @@ pub(crate) struct Routes {
     codec: Codec,
 }
 
-/// How step `step` rounds what it sends: what closes a block is a ReLU's, so never below zero.
-pub(crate) fn codec(policy: &Policy, step: usize) -> Codec {
-    Codec { dtype: policy.dtype_of(step), signed: false, packing: policy.packing_of(step) }
-}
-
 impl Routes {
     /// The routes of step `step` for groups of `channels` channels, or `None` if nothing moves.
     pub(crate) fn new(policy: &Policy, step: usize, channels: usize) -> Option<Routes> {
-        let codec = codec(policy, step);
+        let codec = policy.codec_of(step);
         let step = &policy.steps[step];
         let keep = policy.levels.keep(step.level, channels);
         let mut from = vec![None; policy.groups];
