@@ -27,6 +27,7 @@ pub mod watch;
 pub mod node;
 
 pub mod membership;
+pub mod questions;
 pub mod serve;
 pub mod shelf;
 

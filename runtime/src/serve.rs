@@ -1,9 +1,8 @@
 //! A process on the network: the ranks it computes on one side, those who ask on the other.
 //!
 //! [`Server::start`] takes an open [`Link`], a shard and engines for it, and joins the cluster. The
-//! process that computes the entry rank answers inference requests and says what the model takes and
-//! gives; every rank reports what it has counted. A question that is too large, cannot be read, or comes
-//! while [`MAX_ASKED`] others are being answered is refused with a reason; others are unharmed.
+//! process that computes the entry rank answers inference requests ([`questions`](crate::questions)) and says
+//! what the model takes and gives; every rank reports what it has counted.
 //!
 //! With [`ServerOptions::takeover`] a process stands in for ranks whose own processes are gone, as
 //! [`membership`](crate::membership) tells, once the cluster has been complete; requests that a loss
@@ -19,29 +18,26 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use snn_schemas::cost;
 use snn_schemas::metadata::ShardInfo;
-use snn_schemas::wire::{self, Infer, Reply};
+use snn_schemas::wire;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use zenoh::handlers::FifoChannelHandler;
-use zenoh::query::{ConsolidationMode, Query, QueryTarget, Queryable};
+use zenoh::query::{ConsolidationMode, QueryTarget};
 
 use crate::client::{ClusterInfo, infer_key, info_key, report_key, shard_key};
 use crate::engine::Engine;
 use crate::http::{Asker, ClusterAsker, Own};
-use crate::mailbox::MAX_WITHIN;
 use crate::membership::{Homes, Role, hosts};
 use crate::node::{InferError, Node, NodeReport, StartError};
+use crate::questions::{Questions, answer_questions, queryable, reply};
 use crate::shard::{Shard, ShardError};
 use crate::shelf::Shelf;
 use crate::transport::Transport;
 use crate::transport::shaped::Port;
 use crate::transport::zenoh::{
-    Identity, Link, LinkError, Watch, ZenohTransport, into_bytes, one_line, session_error,
+    Identity, Link, LinkError, Watch, ZenohTransport, into_bytes, one_line,
 };
 use crate::watch::{Lane, clock};
 
-/// Questions answered at once; each holds its input in memory until its answer is sent.
-pub const MAX_ASKED: usize = 64;
 /// How often a request is begun again after a node was lost: each time another must have died.
 const MAX_ATTEMPTS: usize = 8;
 /// How long peers may take to hand over a shard.
@@ -465,21 +461,13 @@ async fn try_answer(
     let described = Bytes::from(serde_json::to_vec(&described)?);
     let about = queryable(link, &info_key(&info.split)).await?;
     let asked = queryable(link, &infer_key(&info.split)).await?;
-    tokio::join!(watched, answer_info(about, described), answer_questions(asked, node, reruns),);
+    let asks = Arc::clone(node);
+    let answered = answer_questions(asked, move |inputs, within| {
+        let (node, reruns) = (Arc::clone(&asks), reruns.clone());
+        async move { infer(&node, inputs, within, &reruns).await }
+    });
+    tokio::join!(watched, answer_info(about, described), answered);
     Ok(())
-}
-
-pub(crate) type Questions = Queryable<FifoChannelHandler<Query>>;
-
-pub(crate) async fn queryable(link: &Link, key: &str) -> Result<Questions, LinkError> {
-    link.session().declare_queryable(key.to_owned()).complete(true).await.map_err(session_error)
-}
-
-pub(crate) async fn reply(query: &Query, key: String, payload: Bytes) {
-    if let Err(error) = query.reply(key, payload).await {
-        // Whoever asked has left, or its own deadline has passed.
-        tracing::debug!(reason = one_line(&error), "answer not delivered");
-    }
 }
 
 async fn answer_info(questions: Questions, described: Bytes) {
@@ -502,40 +490,6 @@ async fn answer_watchers(questions: Questions, node: &Node, answer: fn(&Node) ->
         match answer(node) {
             Some(answer) => reply(&query, questions.key_expr().to_string(), answer).await,
             None => tracing::warn!("record not written"),
-        }
-    }
-}
-
-async fn answer_questions(questions: Questions, node: &Arc<Node>, reruns: Reruns) {
-    let mut asked = JoinSet::new();
-    let key = questions.key_expr().to_string();
-    while let Ok(query) = questions.recv_async().await {
-        while asked.try_join_next().is_some() {}
-        let (node, key, reruns) = (Arc::clone(node), key.clone(), reruns.clone());
-        let is_full = asked.len() >= MAX_ASKED;
-        asked.spawn(async move {
-            let answer = match is_full {
-                true => Reply::Failure(format!("{MAX_ASKED} questions are being answered already")),
-                false => answer_question(&query, &node, &reruns).await,
-            };
-            reply(&query, key, answer.encode()).await;
-        });
-    }
-}
-
-async fn answer_question(query: &Query, node: &Node, reruns: &Reruns) -> Reply {
-    let question = query.payload().ok_or(wire::WireError::NoFrame).and_then(|payload| {
-        let too_large = wire::WireError::TooLarge { bytes: payload.len() };
-        Infer::decode(into_bytes(payload).ok_or(too_large)?)
-    });
-    match question {
-        Err(error) => Reply::Failure(error.to_string()),
-        Ok(Infer { within, inputs }) => {
-            let within = within.min(MAX_WITHIN);
-            match infer(node, inputs, within, reruns).await {
-                Ok(answer) => Reply::Answer(answer),
-                Err(error) => Reply::Failure(error.to_string()),
-            }
         }
     }
 }

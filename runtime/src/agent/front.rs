@@ -11,18 +11,14 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
-use snn_schemas::wire::{self, Infer, Reply};
-use tokio::task::JoinSet;
-use zenoh::query::Query;
 
 use super::wire::Version;
 use crate::client::{AskError, Client, ClusterInfo, infer_key, info_key};
 use crate::http::{Asker, Own, Unanswered};
 use crate::key::ClusterKey;
-use crate::mailbox::MAX_WITHIN;
-use crate::serve::{MAX_ASKED, queryable, reply};
+use crate::questions::{answer_questions, queryable, reply};
 use crate::transport::BoxFuture;
-use crate::transport::zenoh::{Link, LinkError, into_bytes};
+use crate::transport::zenoh::{Link, LinkError};
 use crate::watch::Log;
 use crate::{Answer, NodeReport, Tensor};
 
@@ -174,6 +170,7 @@ impl Asker for Front {
 pub async fn answer(link: Link, front: Arc<Front>) -> Result<(), LinkError> {
     let about = queryable(&link, &info_key(FRONT)).await?;
     let asked = queryable(&link, &infer_key(FRONT)).await?;
+    let asks = Arc::clone(&front);
     tokio::join!(
         async {
             while let Ok(query) = about.recv_async().await {
@@ -183,24 +180,10 @@ pub async fn answer(link: Link, front: Arc<Front>) -> Result<(), LinkError> {
                 }
             }
         },
-        async {
-            let key = asked.key_expr().to_string();
-            let mut answering = JoinSet::new();
-            while let Ok(query) = asked.recv_async().await {
-                while answering.try_join_next().is_some() {}
-                let (front, key) = (Arc::clone(&front), key.clone());
-                let is_full = answering.len() >= MAX_ASKED;
-                answering.spawn(async move {
-                    let answer = match is_full {
-                        true => Reply::Failure(format!(
-                            "{MAX_ASKED} questions are being answered already"
-                        )),
-                        false => answer_question(&query, &front).await,
-                    };
-                    reply(&query, key, answer.encode()).await;
-                });
-            }
-        },
+        answer_questions(asked, move |inputs, within| {
+            let front = Arc::clone(&asks);
+            async move { front.ask(inputs, within).await }
+        }),
     );
     Ok(())
 }
@@ -209,18 +192,4 @@ fn describe(front: &Front) -> Option<Bytes> {
     let mut info = ClusterInfo::clone(&front.current()?.info);
     FRONT.clone_into(&mut info.split);
     serde_json::to_vec(&info).ok().map(Bytes::from)
-}
-
-async fn answer_question(query: &Query, front: &Front) -> Reply {
-    let question = query.payload().ok_or(wire::WireError::NoFrame).and_then(|payload| {
-        let too_large = wire::WireError::TooLarge { bytes: payload.len() };
-        Infer::decode(into_bytes(payload).ok_or(too_large)?)
-    });
-    match question {
-        Err(error) => Reply::Failure(error.to_string()),
-        Ok(Infer { within, inputs }) => match front.ask(inputs, within.min(MAX_WITHIN)).await {
-            Ok(answer) => Reply::Answer(answer),
-            Err(error) => Reply::Failure(error.to_string()),
-        },
-    }
 }

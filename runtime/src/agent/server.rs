@@ -24,7 +24,7 @@ use super::wire::{
 };
 use crate::client::AskError;
 use crate::key::ClusterKey;
-use crate::serve::{Questions, queryable, reply};
+use crate::questions::{Questions, queryable, reply};
 use crate::transport::zenoh::{Link, LinkError, Options, into_bytes, parse_address, place};
 
 /// How long a version that has been started may stay without becoming current, and without a word
