@@ -3,6 +3,7 @@
 //! Takes numbers with their names; gives the text of an SVG file, the same for the same numbers.
 
 use anyhow::{Result, anyhow};
+use plotters::coord::Shift;
 use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
 use plotters::prelude::*;
 
@@ -57,12 +58,7 @@ pub fn lines(frame: &Frame, lines: &[Line], marks: &[Line]) -> Result<String> {
     let mut svg = String::new();
     {
         let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
-        area.fill(&WHITE).map_err(unusable)?;
-        let mut chart = ChartBuilder::on(&area)
-            .caption(&frame.title, ("sans-serif", 18))
-            .margin(16)
-            .x_label_area_size(44)
-            .y_label_area_size(64)
+        let mut chart = builder(&area, frame)?
             .build_cartesian_2d((x.0..x.1).log_scale(), (y.0..y.1).log_scale())
             .map_err(unusable)?;
         let mut mesh = chart.configure_mesh();
@@ -102,12 +98,7 @@ pub fn bars(frame: &Frame, parts: &[&str], bars: &[Bar]) -> Result<String> {
     let mut svg = String::new();
     {
         let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
-        area.fill(&WHITE).map_err(unusable)?;
-        let mut chart = ChartBuilder::on(&area)
-            .caption(&frame.title, ("sans-serif", 18))
-            .margin(16)
-            .x_label_area_size(44)
-            .y_label_area_size(64)
+        let mut chart = builder(&area, frame)?
             .build_cartesian_2d(names, 0.0..highest * 1.1)
             .map_err(unusable)?;
         let mut mesh = chart.configure_mesh();
@@ -133,6 +124,21 @@ pub fn bars(frame: &Frame, parts: &[&str], bars: &[Bar]) -> Result<String> {
     }
     Ok(svg)
 }
+
+/// A white sheet with the title and room for both axes' words.
+fn builder<'a, 'b>(
+    area: &'a Area<'b>,
+    frame: &Frame,
+) -> Result<ChartBuilder<'a, 'b, SVGBackend<'b>>> {
+    area.fill(&WHITE).map_err(unusable)?;
+    let mut builder = ChartBuilder::on(area);
+    builder.caption(&frame.title, ("sans-serif", 18)).margin(16);
+    builder.x_label_area_size(44).y_label_area_size(64);
+    Ok(builder)
+}
+
+/// What a chart is drawn on.
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// An axis of names: the first between 0 and 1, the next between 1 and 2.
 struct Names(Vec<String>);
