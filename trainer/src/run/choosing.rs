@@ -9,6 +9,7 @@ use snn_schemas::Policy;
 
 use super::{Run, SAVE_EVERY};
 use crate::candidate::{self, Candidate, Source};
+use crate::controller::Reinforce;
 use crate::error::TrainError;
 use crate::metrics::Line;
 use crate::progress::{Report, Stage};
@@ -79,18 +80,24 @@ impl Run<'_> {
         [main, !main].into_iter().filter(wanted).collect()
     }
 
+    /// Whether policies with levels, or without, are those that `exchange` describes.
+    fn is_main(&self, levels: bool) -> bool {
+        levels == self.config.exchange.search_levels
+    }
+
     pub(super) fn found(&self, levels: bool) -> &Found {
-        match levels == self.config.exchange.search_levels {
-            true => &self.state.ledger.main,
-            false => &self.state.ledger.other,
-        }
+        let ledger = &self.state.ledger;
+        if self.is_main(levels) { &ledger.main } else { &ledger.other }
     }
 
     fn found_mut(&mut self, levels: bool) -> &mut Found {
-        match levels == self.config.exchange.search_levels {
-            true => &mut self.state.ledger.main,
-            false => &mut self.state.ledger.other,
-        }
+        let is_main = self.is_main(levels);
+        let ledger = &mut self.state.ledger;
+        if is_main { &mut ledger.main } else { &mut ledger.other }
+    }
+
+    fn reinforce(&self, levels: bool) -> &Reinforce {
+        if self.is_main(levels) { &self.state.main } else { &self.state.other }
     }
 
     /// Stage 2 of a round.
@@ -98,15 +105,16 @@ impl Run<'_> {
         let config = self.config.with_levels(levels);
         let steps = config.search.steps;
         let network = self.state.network.inference();
-        let main = levels == self.config.exchange.search_levels;
         while self.found(levels).steps < (round + 1) * steps {
             let started = Instant::now();
             let number = self.found(levels).steps;
-            let reinforce = if main { &mut self.state.main } else { &mut self.state.other };
+            let reinforce = self.reinforce(levels).clone();
             let images = &self.data.validation;
-            let (learned, step) =
-                search::step(reinforce.clone(), &network, images, (&config, number))?;
-            *reinforce = learned;
+            let (learned, step) = search::step(reinforce, &network, images, (&config, number))?;
+            match self.is_main(levels) {
+                true => self.state.main = learned,
+                false => self.state.other = learned,
+            }
             self.found_mut(levels).steps += 1;
             let line = Line {
                 search_levels: Some(levels),
@@ -130,9 +138,7 @@ impl Run<'_> {
             return Ok(());
         }
         let config = self.config.with_levels(levels);
-        let main = levels == self.config.exchange.search_levels;
-        let reinforce = if main { &self.state.main } else { &self.state.other };
-        let mut candidates = search::sample(reinforce, &config, round)?;
+        let mut candidates = search::sample(self.reinforce(levels), &config, round)?;
         let before = self.found(levels).selections.last();
         candidates.extend(before.map(|choice| choice.policy.clone()));
         let choice = self.choose(Stage::Select, (round, levels), &candidates)?;
