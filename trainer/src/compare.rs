@@ -5,7 +5,6 @@
 //! gives their rewards step by step and what they find. Nothing here looks at the test images.
 
 use burn::module::Module;
-use burn::tensor::Device;
 use rand::RngExt;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
@@ -16,7 +15,7 @@ use crate::config::Config;
 use crate::controller::{Controller, Reinforce, Rollout, policies, random_policies};
 use crate::data::Dataset;
 use crate::error::TrainError;
-use crate::judge::judge;
+use crate::judge::{host, judge};
 use crate::net::{Network, Stats};
 use crate::progress::{Progress, Report, Stage};
 use crate::search::{best, price};
@@ -83,7 +82,7 @@ impl SamplerName {
     pub fn build(self, config: &Config) -> Box<dyn Sampler + '_> {
         match self {
             SamplerName::Controller => {
-                let controller = Controller::new(config, &Device::flex().autodiff());
+                let controller = Controller::new(config, &host().autodiff());
                 let reinforce = Reinforce::new(controller, &config.search);
                 Box::new(Learner { config, reinforce: Some(reinforce), proposed: None })
             }
@@ -206,6 +205,15 @@ pub struct Trial {
     pub policy: Policy,
 }
 
+impl Trial {
+    /// Mean reward of the last tenth of the steps: what the sampler had learned in the end.
+    pub fn late(&self) -> f64 {
+        let steps = self.rewards.len();
+        let last = &self.rewards[steps - steps.div_ceil(10).min(steps)..];
+        last.iter().sum::<f64>() / last.len().max(1) as f64
+    }
+}
+
 /// Lets every sampler search on the weights of `network`, once for each of `seeds`.
 ///
 /// The budget is that of one round: `config.search.steps` steps, then `config.search.samples` policies.
@@ -261,7 +269,7 @@ fn try_one(
             order.shuffle(&mut drawn);
             let batch = &order[..config.train.batch.min(order.len())];
             let accuracy = judge(network, &policy, images, batch, Stats::Batch)?.accuracy();
-            step.push(accuracy - price(config, &policy));
+            step.push(accuracy - price(config, &policy)?);
         }
         rewards.push(step.iter().sum::<f64>() / step.len().max(1) as f64);
         sampler.learn(&step);

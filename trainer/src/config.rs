@@ -11,14 +11,17 @@ use serde::{Deserialize, Serialize};
 use snn_schemas::{Dtype, Levels, Policy};
 
 use crate::candidate::{self, Candidate, Source};
+use crate::device::DeviceName;
 use crate::error::TrainError;
 
 mod error;
 mod net;
+mod stages;
 
 pub use error::ConfigError;
 pub(crate) use net::STAGES;
 pub use net::{Family, NetConfig};
+pub use stages::{Augmentation, Decay, FinetuneConfig, FitConfig, SearchConfig};
 
 /// All settings of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,6 +29,8 @@ pub use net::{Family, NetConfig};
 pub struct Config {
     /// Start of every random number: weights, batches, shifts, policies, the validation split.
     pub seed: u64,
+    /// Where the network is trained. It may be another one when a run is gone on with.
+    pub device: DeviceName,
     /// Images to train on.
     pub data: DataConfig,
     /// The network.
@@ -47,7 +52,8 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Config {
         Config {
-            seed: 1, // any will do; written into best.json
+            seed: 1,                  // any will do; written into best.json
+            device: DeviceName::Flex, // every build has it
             data: DataConfig::default(),
             net: NetConfig::default(),
             exchange: ExchangeConfig::default(),
@@ -129,168 +135,6 @@ impl Default for ExchangeConfig {
     }
 }
 
-/// How the learning rate falls.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase", deny_unknown_fields)]
-pub enum Decay {
-    /// Multiplied by `factor` after every `every` epochs.
-    Step {
-        /// Epochs between two drops.
-        every: usize,
-        /// What a drop multiplies by.
-        factor: f64,
-    },
-    /// Half a cosine, from the full rate to (almost) nothing at the last epoch.
-    Cosine,
-}
-
-impl Decay {
-    /// The rate of epoch `epoch` of `epochs`, counted from 0, when it starts at `lr`.
-    pub fn rate(self, lr: f64, epoch: usize, epochs: usize) -> f64 {
-        match self {
-            Decay::Step { every, factor } => lr * factor.powf((epoch / every.max(1)) as f64),
-            Decay::Cosine => {
-                let done = epoch as f64 / epochs.max(1) as f64;
-                lr * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
-            }
-        }
-    }
-}
-
-/// Stage 1: the network's weights.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct FitConfig {
-    /// Passes over the training images, in all rounds together, spread evenly over the rounds.
-    pub epochs: usize,
-    /// Images a batch; a last batch that is not full is left out, since batch norm needs it full.
-    pub batch: usize,
-    /// M of equation 9: policies sampled a batch. Each costs a pass.
-    pub policies_per_batch: usize,
-    /// Learning rate at the start.
-    pub lr: f64,
-    /// How it falls.
-    pub decay: Decay,
-    /// Momentum, without dampening. It starts anew in each round.
-    pub momentum: f64,
-    /// L2 penalty on all parameters.
-    pub weight_decay: f64,
-    /// What is done to a training image at random.
-    pub augment: Augmentation,
-    /// Training images from which batch-norm statistics are estimated anew under one policy.
-    pub calibration: usize,
-}
-
-impl Default for FitConfig {
-    fn default() -> FitConfig {
-        FitConfig {
-            epochs: 200,                                   // section 4.2, for all its networks
-            batch: 128,                                    // section 4.2
-            policies_per_batch: 1, // unstated; ENAS, whose method this is, uses 1
-            lr: 0.1,               // section 4.2
-            decay: Decay::Step { every: 50, factor: 0.1 }, // section 4.2
-            momentum: 0.9,         // unstated; the usual with this schedule
-            weight_decay: 5e-4,    // unstated; ResNeXt's on CIFAR
-            augment: Augmentation::default(),
-            calibration: 2048, // enough for the statistics of a channel, and a fraction of an epoch
-        }
-    }
-}
-
-/// What is done to a training image at random.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Augmentation {
-    /// Pixels by which it is moved along both axes, at most.
-    pub shift: usize,
-    /// Degrees by which it is turned, at most.
-    pub rotate: f64,
-    /// Part by which it is made larger or smaller, at most.
-    pub zoom: f64,
-    /// Whether every other image is mirrored.
-    pub flip: bool,
-    /// Whether AutoAugment's policy for CIFAR is applied first; images have three channels then.
-    pub autoaugment: bool,
-}
-
-impl Default for Augmentation {
-    fn default() -> Augmentation {
-        Augmentation {
-            shift: 4,    // unstated; the usual on CIFAR beside AutoAugment
-            rotate: 0.0, // AutoAugment turns by itself
-            zoom: 0.0,   // as above
-            flip: false, // digits and letters do not bear it
-            autoaugment: false,
-        }
-    }
-}
-
-/// Stages 2 and 3: the controller, and the choice of a policy.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct SearchConfig {
-    /// How often the three stages are gone through.
-    pub rounds: usize,
-    /// Cells of the controller's LSTM.
-    pub cells: usize,
-    /// Steps of the controller's optimiser a round.
-    pub steps: usize,
-    /// Policies sampled a step, each judged on a validation mini-batch of its own.
-    pub policies_per_step: usize,
-    /// Learning rate of the controller (Adam).
-    pub lr: f64,
-    /// Weight of the entropy in the controller's objective: keeps it from settling too early.
-    pub entropy: f64,
-    /// How slowly the baseline follows the rewards: b ← decay · b + (1 − decay) · reward.
-    pub baseline_decay: f64,
-    /// What a policy's wire bytes take from its reward: this many times the part of a ring
-    /// all-reduce that really crosses. 0.1 takes a point of accuracy for a tenth of the ring.
-    pub lambda_wire: f64,
-    /// Policies sampled in stage 3.
-    pub samples: usize,
-    /// Validation images each of them is judged on, the same ones for all; 0 means all there are.
-    pub judged_images: usize,
-}
-
-impl Default for SearchConfig {
-    fn default() -> SearchConfig {
-        SearchConfig {
-            rounds: 60,           // section 4.2
-            cells: 100,           // section 4.2
-            steps: 500,           // section 4.2
-            policies_per_step: 1, // unstated; ENAS uses 1
-            lr: 3.5e-4,           // unstated; ENAS
-            entropy: 1e-4,        // unstated; ENAS
-            baseline_decay: 0.99, // unstated; ENAS
-            samples: 100,         // section 4.2
-            lambda_wire: 0.0,     // the paper rewards accuracy alone
-            judged_images: 0,     // unstated; all of them leave the least to chance
-        }
-    }
-}
-
-/// The last stage: the weights under the best policy.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct FinetuneConfig {
-    /// Passes over the training images.
-    pub epochs: usize,
-    /// Learning rate at the start.
-    pub lr: f64,
-    /// How it falls.
-    pub decay: Decay,
-}
-
-impl Default for FinetuneConfig {
-    fn default() -> FinetuneConfig {
-        FinetuneConfig {
-            epochs: 45,                                    // section 4.2
-            lr: 1e-4,                                      // section 4.2
-            decay: Decay::Step { every: 45, factor: 1.0 }, // section 4.2: constant
-        }
-    }
-}
-
 impl Config {
     /// The quickstart: Sep-ResNeXt-20 (4×4d, four groups) on the embedded digits.
     ///
@@ -298,6 +142,7 @@ impl Config {
     pub fn digits() -> Config {
         Config {
             seed: 1,
+            device: DeviceName::Flex,
             data: DataConfig::default(),
             net: NetConfig {
                 depth: 20,        // two blocks a stage: the fewest that let α = 2 stay within one
@@ -413,42 +258,9 @@ impl Config {
         self.net.check()?;
         self.check_exchange()?;
         candidate::check(self)?;
-        let many = f64::from(u32::MAX);
         within("data.validation", self.data.validation, 0.001, 0.9, "0.001 to 0.9")?;
-        within("train.batch", self.train.batch as f64, 2.0, many, "at least 2")?;
-        within(
-            "train.policies_per_batch",
-            self.train.policies_per_batch as f64,
-            1.0,
-            many,
-            "at least 1",
-        )?;
-        within("train.lr", self.train.lr, f64::MIN_POSITIVE, 100.0, "above 0")?;
-        within("train.momentum", self.train.momentum, 0.0, 0.9999, "0 to 0.9999")?;
-        within("train.weight_decay", self.train.weight_decay, 0.0, 1.0, "0 to 1")?;
-        let smaller = self.net.input[1].min(self.net.input[2]) as f64;
-        let Augmentation { shift, rotate, zoom, autoaugment, .. } = self.train.augment;
-        within("train.augment.shift", shift as f64, 0.0, smaller - 1.0, "less than the image")?;
-        within("train.augment.rotate", rotate, 0.0, 180.0, "0 to 180 degrees")?;
-        within("train.augment.zoom", zoom, 0.0, 10.0, "0 to 10")?;
-        within("train.calibration", self.train.calibration as f64, 2.0, many, "at least 2")?;
-        if autoaugment && self.net.input[0] != 3 {
-            return Err(ConfigError::Colours { channels: self.net.input[0] });
-        }
-        within("search.rounds", self.search.rounds as f64, 1.0, many, "at least 1")?;
-        within("search.cells", self.search.cells as f64, 1.0, 10_000.0, "1 to 10000")?;
-        within(
-            "search.policies_per_step",
-            self.search.policies_per_step as f64,
-            1.0,
-            many,
-            "at least 1",
-        )?;
-        within("search.lr", self.search.lr, f64::MIN_POSITIVE, 100.0, "above 0")?;
-        within("search.entropy", self.search.entropy, 0.0, 100.0, "0 to 100")?;
-        within("search.baseline_decay", self.search.baseline_decay, 0.0, 1.0, "0 to 1")?;
-        within("search.lambda_wire", self.search.lambda_wire, 0.0, 1e6, "0 to 1000000")?;
-        within("search.samples", self.search.samples as f64, 1.0, many, "at least 1")?;
+        self.train.check(self.net.input)?;
+        self.search.check()?;
         within("finetune.lr", self.finetune.lr, f64::MIN_POSITIVE, 100.0, "above 0")
     }
 
@@ -549,6 +361,19 @@ mod tests {
         config = Config::digits();
         config.train.lr = f64::NAN;
         assert!(config.check().unwrap_err().to_string().starts_with("train.lr: NaN"));
+    }
+
+    #[test]
+    fn a_cluster_that_cannot_be_predicted_is_named() {
+        let refused = |text: &str| Config::from_toml(text).unwrap_err().to_string();
+        let link = refused("[search]\nlink = \"fast\"\n");
+        let expected = "config: search.link: link \"fast\", expected a rate and a round trip such as 300mbit,0.3ms";
+        assert_eq!(link, expected);
+        let device = refused("[search]\ndevice = \"5\"\n");
+        let expected = "config: search.device: device \"5\", expected a speed such as 5gflops";
+        assert_eq!(device, expected);
+        let lambda = refused("[search]\nlambda_latency = -1.0\n");
+        assert!(lambda.starts_with("config: search.lambda_latency: -1, expected"), "{lambda}");
     }
 
     #[test]

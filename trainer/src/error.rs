@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::config::ConfigError;
+use crate::device::DeviceName;
 use crate::progress::Stage;
 
 /// Why training stopped.
@@ -30,6 +31,17 @@ pub enum TrainError {
     /// The settings contradict each other.
     #[error("config: {0}")]
     Config(#[from] ConfigError),
+    /// A policy's latency could not be predicted.
+    #[error("search: {0}")]
+    Cost(#[from] snn_schemas::cost::CostError),
+    /// A device that is not there.
+    #[error("device: {name}: {reason}")]
+    Device {
+        /// Which one.
+        name: DeviceName,
+        /// Why not.
+        reason: String,
+    },
     /// The images are not what the settings say.
     #[error("data: {0}")]
     Data(String),

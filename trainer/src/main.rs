@@ -9,10 +9,11 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
-use snn_trainer::{Config, Outcome, Progress, Report, Stage};
+use snn_trainer::{Config, DeviceName, Outcome, Progress, Report, Stage};
 
 /// Trains a separable network, searches its communication policy, exports ONNX.
 #[derive(Parser)]
@@ -107,19 +108,28 @@ struct Of {
     /// Folder of the run [default: runs/ and the name of CONFIG].
     #[arg(long)]
     out: Option<PathBuf>,
+    /// Where to train: flex is the CPU, the others are there if they were built in [default: what
+    /// CONFIG says, or flex].
+    #[arg(long, value_parser = devices())]
+    device: Option<DeviceName>,
 }
 
 impl Of {
     fn settings(&self) -> anyhow::Result<Config> {
         let text = std::fs::read_to_string(&self.config)
             .with_context(|| self.config.display().to_string())?;
-        Config::from_toml(&text).with_context(|| self.config.display().to_string())
+        let config = Config::from_toml(&text).with_context(|| self.config.display().to_string())?;
+        Ok(Config { device: self.device.unwrap_or(config.device), ..config })
     }
 
     fn out(&self) -> PathBuf {
         let stem = self.config.file_stem().unwrap_or("run".as_ref());
         self.out.clone().unwrap_or_else(|| Path::new("runs").join(stem))
     }
+}
+
+fn devices() -> impl TypedValueParser<Value = DeviceName> {
+    PossibleValuesParser::new(DeviceName::ALL.map(DeviceName::name)).try_map(|name| name.parse())
 }
 
 fn main() -> ExitCode {

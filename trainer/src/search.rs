@@ -2,7 +2,7 @@
 //!
 //! Weights stay as they are. A step lets the controller sample policies, judges each on a validation
 //! mini-batch of its own, and learns from the rewards: the accuracy, less what the policy's traffic
-//! costs where the settings give it a price. Choosing judges every sampled policy on
+//! or its latency costs where the settings give them a price. Choosing judges every sampled policy on
 //! the same validation images, all of them or as many as the settings say. The random sampler is
 //! judged on as many images. The test images are never looked at.
 
@@ -15,6 +15,7 @@ use crate::controller::{Reinforce, policies, random_policies};
 use crate::data::Dataset;
 use crate::error::TrainError;
 use crate::judge::{Score, judge};
+use crate::latency::latency;
 use crate::net::{Network, Stats};
 use crate::seed::rng;
 use crate::state::Choice;
@@ -28,6 +29,8 @@ pub(crate) struct Step {
     pub(crate) reward: f64,
     /// Mean entropy of the controller's policies, in nats.
     pub(crate) entropy: f64,
+    /// The step's policies.
+    pub(crate) policies: Vec<Policy>,
 }
 
 /// Step `number` of stage 2; `network` is without gradients.
@@ -45,25 +48,33 @@ pub(crate) fn step(
     let mut order: Vec<usize> = (0..images.len()).collect();
     let mut rewards = Vec::with_capacity(config.search.policies_per_step);
     let mut accuracies = 0.0;
-    for policy in policies(config, rollout.steps.clone()) {
+    let policies = policies(config, rollout.steps.clone());
+    for policy in &policies {
         order.shuffle(&mut rng);
         let batch = &order[..config.train.batch.min(order.len())];
-        let accuracy = judge(network, &policy, images, batch, Stats::Batch)?.accuracy();
+        let accuracy = judge(network, policy, images, batch, Stats::Batch)?.accuracy();
         accuracies += accuracy;
-        rewards.push(accuracy - price(config, &policy));
+        rewards.push(accuracy - price(config, policy)?);
     }
     let count = rewards.len().max(1) as f64;
     let reward = rewards.iter().sum::<f64>() / count;
-    let step = Step { accuracy: accuracies / count, reward, entropy: f64::from(entropy) };
+    let accuracy = accuracies / count;
+    let step = Step { accuracy, reward, entropy: f64::from(entropy), policies };
     Ok((reinforce.learn(rollout, &rewards), step))
 }
 
-/// What a policy's traffic takes from its reward: λ times its wire bytes, as a part of the ring's.
-pub(crate) fn price(config: &Config, policy: &Policy) -> f64 {
-    match config.search.lambda_wire {
-        0.0 => 0.0,
-        lambda => lambda * Wire::of(&config.net, policy).fraction(),
+/// What a policy takes from its reward: λ times its wire bytes, as a part of the ring's, and λ times
+/// the milliseconds it is predicted to take.
+pub(crate) fn price(config: &Config, policy: &Policy) -> Result<f64, TrainError> {
+    let search = &config.search;
+    let mut price = 0.0;
+    if search.lambda_wire > 0.0 {
+        price += search.lambda_wire * Wire::of(&config.net, policy).fraction();
     }
+    if search.lambda_latency > 0.0 {
+        price += search.lambda_latency * latency(config, policy)?;
+    }
+    Ok(price)
 }
 
 /// The policies that stage 3 of round `round` samples.
@@ -99,24 +110,21 @@ pub(crate) fn best(
     let judged: Vec<usize> = (0..config.judged_images(images.len())).collect();
     // A controller that has settled samples the same policy again and again.
     let mut known: Vec<(&Policy, Score)> = Vec::new();
-    let mut best: Option<Choice> = None;
-    let worth = |policy: &Policy, score: &Score| {
-        (score.accuracy() - price(config, policy), -score.loss) // of equal rewards the smaller loss
-    };
+    let mut best: Option<((f64, f64), Choice)> = None;
     for (index, policy) in candidates.iter().enumerate() {
         let validation = match known.iter().find(|(other, _)| other.steps == policy.steps) {
             Some((_, score)) => *score,
             None => judge(network, policy, images, &judged, Stats::Batch)?,
         };
         known.push((policy, validation));
-        let better =
-            |best: &Choice| worth(policy, &validation) > worth(&best.policy, &best.validation);
-        if best.as_ref().is_none_or(better) {
-            best = Some(Choice { policy: policy.clone(), validation });
+        let reward = validation.accuracy() - price(config, policy)?;
+        let worth = (reward, -validation.loss); // of equal rewards the smaller loss
+        if best.as_ref().is_none_or(|(most, _)| worth > *most) {
+            best = Some((worth, Choice { policy: policy.clone(), validation }));
         }
         done(index + 1, validation.accuracy());
     }
-    Ok(best)
+    Ok(best.map(|(_, choice)| choice))
 }
 
 #[cfg(test)]
@@ -138,15 +146,43 @@ mod tests {
             best(config, &network, &candidates, &images, |_, _| {}).unwrap().unwrap()
         };
         assert_eq!(choose(&config).validation.images, 40);
-        assert_eq!(price(&config, &candidates[0]), 0.0);
+        assert_eq!(price(&config, &candidates[0]).unwrap(), 0.0);
         config.search.lambda_wire = 1000.0;
         let ring = Wire::of(&config.net, &candidates[0]).fraction();
         assert!(ring > 0.05);
-        assert_eq!(price(&config, &candidates[0]), 1000.0 * ring);
-        assert_eq!(price(&config, &candidates[1]), 0.0);
+        assert_eq!(price(&config, &candidates[0]).unwrap(), 1000.0 * ring);
+        assert_eq!(price(&config, &candidates[1]).unwrap(), 0.0);
         assert_eq!(choose(&config).policy, candidates[1]);
         config.search.lambda_wire = 1e-9;
         let free = choose(&Config { search: Default::default(), ..config.clone() });
         assert_eq!(choose(&config).policy, free.policy);
+    }
+
+    /// On a slow link the policy that sends less wins, and on a fast one what it sends is free.
+    #[test]
+    fn a_price_on_latency_follows_the_link() {
+        let mut config = Config::digits();
+        config.search.judged_images = 40;
+        config.search.lambda_latency = 1000.0;
+        let images = Data::load(&config, None).unwrap().validation;
+        let network = Network::new(&config.net, 1, &Device::flex());
+        let everything = full(&config);
+        let mut half = everything.clone();
+        half.steps.iter_mut().for_each(|step| step.level = 0);
+        let choose = |config: &Config, candidates: &[Policy]| {
+            best(config, &network, candidates, &images, |_, _| {}).unwrap().unwrap().policy
+        };
+        config.search.link = "1mbit,1ms".to_owned();
+        let all = [everything.clone(), half.clone(), config.silent()];
+        assert_eq!(choose(&config, &all), config.silent());
+        assert_eq!(choose(&config, &all[..2]), half);
+        config.search.link = "unlimited".to_owned();
+        let prices: Vec<f64> = all.iter().map(|policy| price(&config, policy).unwrap()).collect();
+        assert!((prices[0] - prices[1]).abs() < 1e-6 && prices[1] >= prices[2], "{prices:?}");
+        // Only bytes have a price where waiting does not: half of them cost half.
+        config.search =
+            crate::SearchConfig { lambda_latency: 0.0, lambda_wire: 1.0, ..config.search };
+        let [most, less] = [&everything, &half].map(|policy| price(&config, policy).unwrap());
+        assert!((less / most - 0.5).abs() < 1e-9);
     }
 }

@@ -20,7 +20,7 @@ use crate::config::Config;
 use crate::controller::{Controller, Reinforce};
 use crate::error::TrainError;
 use crate::fit;
-use crate::judge::Score;
+use crate::judge::{Score, host};
 use crate::net::Network;
 
 /// A policy, and how good the shared weights were under it on the validation images.
@@ -84,10 +84,11 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// Before the first step. `device` must have autodiff.
+    /// Before the first step. `device`, the network's, must have autodiff.
     pub(crate) fn fresh(config: &Config, device: &Device) -> State {
-        let fresh =
-            |config: &Config| Reinforce::new(Controller::new(config, device), &config.search);
+        let fresh = |config: &Config| {
+            Reinforce::new(Controller::new(config, &host().autodiff()), &config.search)
+        };
         State {
             network: Network::new(&config.net, config.seed, device),
             sgd: fit::sgd(&config.train),

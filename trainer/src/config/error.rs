@@ -54,6 +54,14 @@ pub enum ConfigError {
         /// Channels of the images.
         channels: usize,
     },
+    /// A device or a link that latencies cannot be predicted for.
+    #[error("{key}: {reason}")]
+    Cluster {
+        /// Which setting.
+        key: &'static str,
+        /// What was found, and what was expected.
+        reason: String,
+    },
     /// A step would be sent in one shape and added in another.
     #[error(
         "exchange.staleness: {staleness} makes step {step} cross a stride: sent after block {from} as {sent:?}, added in block {to} to {sum:?}; a staleness that divides the blocks of a stage never does"

@@ -14,7 +14,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use burn::tensor::Device;
 use serde::Serialize;
 use snn_schemas::Policy;
 
@@ -269,7 +268,7 @@ impl<'a> Run<'a> {
                 "{images} training images do not fill one batch of {batch}"
             )));
         }
-        let device = Device::flex().autodiff();
+        let device = config.device.open()?.autodiff();
         let last = out.join(CHECKPOINTS).join(LAST);
         let sections = checkpoint::load(&last)?;
         if sections.is_some() && !resume {
