@@ -49,6 +49,9 @@ pub(crate) struct Line {
     /// The controller's entropy, in nats.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) entropy: Option<f64>,
+    /// The step's policies, for each of their steps the decision's number and the level.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) sampled: Option<Vec<Vec<[usize; 2]>>>,
     /// Time it took. The only thing that differs between equal runs.
     pub(crate) seconds: f64,
 }
@@ -69,6 +72,7 @@ impl Line {
             validation_accuracy: None,
             test_accuracy: None,
             entropy: None,
+            sampled: None,
             seconds: 0.0,
         }
     }

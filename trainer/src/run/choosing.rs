@@ -121,6 +121,7 @@ impl Run<'_> {
                 validation_accuracy: Some(step.accuracy),
                 reward: Some(step.reward),
                 entropy: Some(step.entropy),
+                sampled: Some(step.policies.iter().map(shorthand).collect()),
                 seconds: started.elapsed().as_secs_f64(),
                 ..Line::new(Stage::Search, round + 1, number + 1)
             };
@@ -175,4 +176,9 @@ impl Run<'_> {
         self.metrics.write(&line)?;
         Ok(choice)
     }
+}
+
+/// A policy's decisions and levels as `metrics.jsonl` has them.
+fn shorthand(policy: &Policy) -> Vec<[usize; 2]> {
+    policy.steps.iter().map(|step| [step.decision.id(), step.level]).collect()
 }
