@@ -203,6 +203,21 @@ mod tests {
     }
 
     #[test]
+    fn pickles_are_read_as_distributed() {
+        let folder = tempfile::tempdir().unwrap();
+        let inside = folder.path().join("cifar-10-batches-py");
+        fs::create_dir(&inside).unwrap();
+        let python2: &[u8] = include_bytes!("../../tests/data/python2_protocol2.pkl");
+        let python3: &[u8] = include_bytes!("../../tests/data/python3_protocol4.pkl");
+        fs::write(inside.join("data_batch_1"), python2).unwrap();
+        fs::write(inside.join("test_batch"), python3).unwrap();
+        let parts = load(Kind::Ten, folder.path()).unwrap();
+        assert_eq!((parts.train.labels, parts.test.labels), (vec![6, 9], vec![6, 9]));
+        assert_eq!(parts.train.pixels[PIXELS + 1], (7 * (PIXELS + 1) % 256) as u8);
+        assert_eq!(parts.train.pixels, parts.test.pixels);
+    }
+
+    #[test]
     fn bad_folders_and_files_are_named() {
         let folder = tempfile::tempdir().unwrap();
         let sentence = || load(Kind::Ten, folder.path()).err().unwrap().to_string();

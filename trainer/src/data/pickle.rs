@@ -13,8 +13,10 @@ const MAX_STEPS: usize = 10_000_000;
 /// What a pickle holds.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Value {
-    /// Nothing, a truth value, a number with a fraction: of no interest here.
+    /// Nothing, a number with a fraction: of no interest here.
     Other,
+    /// A truth value.
+    Truth(bool),
     /// A whole number.
     Int(i64),
     /// A string of any kind, as bytes.
@@ -44,19 +46,51 @@ impl Value {
         items.iter().map(int).collect()
     }
 
-    /// The bytes of a numpy array of bytes in C order: the last item of its state.
-    pub(super) fn array(&self) -> Option<&[u8]> {
-        let Value::Call(function, _, Some(state)) = self else { return None };
-        let Value::Name(name) = &**function else { return None };
-        let Value::List(state) = &**state else { return None };
-        match state.last() {
-            Some(Value::Bytes(bytes)) if name.ends_with("multiarray._reconstruct") => Some(bytes),
+    /// The bytes of a numpy array of bytes, if they stand in C order.
+    pub(super) fn array(&self) -> Option<Vec<u8>> {
+        let Value::Call(function, arguments, state) = self else { return None };
+        let (Value::Name(name), Value::List(arguments)) = (&**function, &**arguments) else {
+            return None;
+        };
+        match state.as_deref() {
+            // Up to protocol 4: an empty array, whose state is version, shape, type, order, bytes.
+            Some(Value::List(state)) if name.ends_with("multiarray._reconstruct") => {
+                match &state[..] {
+                    [_, _, _, Value::Truth(false), bytes] => bytes.bytes(),
+                    _ => None,
+                }
+            }
+            // Protocol 5: a buffer, type, shape, order.
+            None if name.ends_with("numeric._frombuffer") => match &arguments[..] {
+                [bytes, _, _, Value::Bytes(order)] if **order == *b"C" => bytes.bytes(),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// A string's bytes, also where Python 3 wrote them for Python 2: as text to be encoded.
+    fn bytes(&self) -> Option<Vec<u8>> {
+        match self {
+            Value::Bytes(bytes) => Some(bytes.to_vec()),
+            Value::Call(function, arguments, None) => match (&**function, &**arguments) {
+                (Value::Name(name), Value::List(arguments)) if name == "_codecs.encode" => {
+                    match &arguments[..] {
+                        [Value::Bytes(text), Value::Bytes(code)] if **code == *b"latin1" => {
+                            let text = std::str::from_utf8(text).ok()?;
+                            text.chars().map(|letter| u8::try_from(letter).ok()).collect()
+                        }
+                        _ => None,
+                    }
+                }
+                _ => None,
+            },
             _ => None,
         }
     }
 }
 
-/// Reads a pickle of protocol 0 to 5.
+/// Reads a pickle of protocol 2 to 5: CIFAR's own are of protocol 2, by Python 2.
 ///
 /// # Errors
 /// What is wrong, and at which byte.
@@ -95,30 +129,48 @@ impl<'a> Machine<'a> {
 
     /// One instruction; the result if it was the last.
     fn step(&mut self) -> Option<Option<Value>> {
-        match self.take(1)?[0] {
-            b'.' => return self.stack.pop().map(Some),
+        let op = self.take(1)?[0];
+        if op == b'.' {
+            return self.stack.pop().map(Some);
+        }
+        let known = self.frame(op)?
+            || self.number_of(op)?
+            || self.text(op)?
+            || self.container(op)?
+            || self.call(op)?
+            || self.memory(op)?;
+        known.then_some(None)
+    }
+
+    // Each of these carries out the instructions of one kind: true if `op` was one, nothing if it was
+    // and makes no sense here.
+
+    /// What frames others: protocol, frame, mark.
+    fn frame(&mut self, op: u8) -> Option<bool> {
+        match op {
             0x80 => drop(self.take(1)?),
             0x95 => drop(self.take(8)?),
             b'(' => self.marks.push(self.stack.len()),
-            b'N' | 0x88 | 0x89 => self.stack.push(Value::Other),
+            _ => return Some(false),
+        }
+        Some(true)
+    }
+
+    /// Numbers, truth values, nothing.
+    fn number_of(&mut self, op: u8) -> Option<bool> {
+        let value = match op {
+            b'N' => Value::Other,
+            0x88 => Value::Truth(true),
+            0x89 => Value::Truth(false),
             b'G' => {
                 self.take(8)?;
-                self.stack.push(Value::Other);
+                Value::Other
             }
-            b'I' => {
-                let line = self.line()?;
-                self.stack.push(line.parse().map_or(Value::Other, Value::Int));
-            }
-            b'L' => {
-                let line = self.line()?;
-                self.stack.push(Value::Int(line.trim_end_matches('L').parse().ok()?));
-            }
-            b'J' => {
-                let bytes = self.take(4)?.try_into().ok()?;
-                self.stack.push(Value::Int(i32::from_le_bytes(bytes).into()));
-            }
-            b'K' => self.push_int(1)?,
-            b'M' => self.push_int(2)?,
+            b'I' => self.line()?.parse().map_or(Value::Other, Value::Int),
+            b'L' => Value::Int(self.line()?.trim_end_matches('L').parse().ok()?),
+            b'J' => Value::Int(i32::from_le_bytes(self.take(4)?.try_into().ok()?).into()),
+            b'K' => Value::Int(self.number(1)? as i64),
+            b'M' => Value::Int(self.number(2)? as i64),
             0x8a => {
                 let count = self.number(1)?;
                 let bytes = self.take(count)?;
@@ -128,33 +180,42 @@ impl<'a> Machine<'a> {
                 let negative = bytes.last().is_some_and(|byte| *byte >= 0x80);
                 let mut wide = [if negative { 0xff } else { 0 }; 8];
                 wide[..bytes.len()].copy_from_slice(bytes);
-                self.stack.push(Value::Int(i64::from_le_bytes(wide)));
+                Value::Int(i64::from_le_bytes(wide))
             }
-            b'U' | b'C' | 0x8c => self.push_bytes(1)?,
-            b'T' | b'B' | b'X' => self.push_bytes(4)?,
-            0x8e | 0x8d => self.push_bytes(8)?,
-            b'c' => {
-                let (module, name) = (self.line()?, self.line()?);
-                self.stack.push(Value::Name(format!("{module}.{name}")));
-            }
-            0x93 => {
-                let (Value::Bytes(name), Value::Bytes(module)) =
-                    (self.stack.pop()?, self.stack.pop()?)
-                else {
-                    return None;
-                };
-                let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-                self.stack.push(Value::Name(format!("{}.{}", text(&module), text(&name))));
-            }
+            _ => return Some(false),
+        };
+        self.stack.push(value);
+        Some(true)
+    }
+
+    /// Strings of text and of bytes, by the width of their length.
+    fn text(&mut self, op: u8) -> Option<bool> {
+        let width = match op {
+            b'U' | b'C' | 0x8c => 1,
+            b'T' | b'B' | b'X' => 4,
+            0x8d | 0x8e | 0x96 => 8,
+            _ => return Some(false),
+        };
+        let length = self.number(width)?;
+        let bytes = self.take(length)?;
+        self.stack.push(Value::Bytes(bytes.into()));
+        Some(true)
+    }
+
+    /// Lists, tuples and dictionaries.
+    fn container(&mut self, op: u8) -> Option<bool> {
+        match op {
             b')' | b']' => self.stack.push(Value::List(Vec::new())),
             b'}' => self.stack.push(Value::Dict(Vec::new())),
             b't' | b'l' => {
                 let items = self.since_mark()?;
                 self.stack.push(Value::List(items));
             }
-            0x85 => self.tuple(1)?,
-            0x86 => self.tuple(2)?,
-            0x87 => self.tuple(3)?,
+            0x85..=0x87 => {
+                let count = usize::from(op - 0x84);
+                let items = self.stack.split_off(self.stack.len().checked_sub(count)?);
+                self.stack.push(Value::List(items));
+            }
             b'a' => {
                 let item = self.stack.pop()?;
                 self.list()?.push(item);
@@ -174,6 +235,26 @@ impl<'a> Machine<'a> {
                     dict.push((key, value));
                 }
             }
+            _ => return Some(false),
+        }
+        Some(true)
+    }
+
+    /// Functions and their calls, which are written down.
+    fn call(&mut self, op: u8) -> Option<bool> {
+        match op {
+            b'c' => {
+                let (module, name) = (self.line()?, self.line()?);
+                self.stack.push(Value::Name(format!("{module}.{name}")));
+            }
+            0x93 => {
+                let (name, module) = (self.stack.pop()?, self.stack.pop()?);
+                let (Value::Bytes(name), Value::Bytes(module)) = (name, module) else {
+                    return None;
+                };
+                let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+                self.stack.push(Value::Name(format!("{}.{}", text(&module), text(&name))));
+            }
             b'R' => {
                 let (arguments, function) = (self.stack.pop()?, self.stack.pop()?);
                 self.stack.push(Value::Call(Box::new(function), Box::new(arguments), None));
@@ -183,34 +264,25 @@ impl<'a> Machine<'a> {
                 let Some(Value::Call(_, _, slot)) = self.stack.last_mut() else { return None };
                 *slot = Some(Box::new(state));
             }
-            b'p' => {
-                let place = self.line()?.parse().ok()?;
-                self.remember(place)?;
-            }
-            b'q' => {
-                let place = self.number(1)?;
-                self.remember(place)?;
-            }
-            b'r' => {
-                let place = self.number(4)?;
-                self.remember(place)?;
-            }
-            0x94 => self.remember(self.memo.len())?,
-            b'g' => {
-                let place = self.line()?.parse().ok()?;
-                self.recall(place)?;
-            }
-            b'h' => {
-                let place = self.number(1)?;
-                self.recall(place)?;
-            }
-            b'j' => {
-                let place = self.number(4)?;
-                self.recall(place)?;
-            }
-            _ => return None,
+            _ => return Some(false),
         }
-        Some(None)
+        Some(true)
+    }
+
+    /// What is remembered and recalled: a place by its number, as text or of some width.
+    fn memory(&mut self, op: u8) -> Option<bool> {
+        let place = match op {
+            0x94 => self.memo.len(),
+            b'p' | b'g' => self.line()?.parse().ok()?,
+            b'q' | b'h' => self.number(1)?,
+            b'r' | b'j' => self.number(4)?,
+            _ => return Some(false),
+        };
+        match op {
+            b'g' | b'h' | b'j' => self.recall(place)?,
+            _ => self.remember(place)?,
+        }
+        Some(true)
     }
 
     fn take(&mut self, count: usize) -> Option<&'a [u8]> {
@@ -230,25 +302,6 @@ impl<'a> Machine<'a> {
         let bytes = self.take(width)?;
         let value = bytes.iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte));
         usize::try_from(value).ok()
-    }
-
-    fn push_int(&mut self, width: usize) -> Option<()> {
-        let value = self.number(width)?;
-        self.stack.push(Value::Int(value as i64));
-        Some(())
-    }
-
-    fn push_bytes(&mut self, width: usize) -> Option<()> {
-        let length = self.number(width)?;
-        let bytes = self.take(length)?;
-        self.stack.push(Value::Bytes(bytes.into()));
-        Some(())
-    }
-
-    fn tuple(&mut self, count: usize) -> Option<()> {
-        let items = self.stack.split_off(self.stack.len().checked_sub(count)?);
-        self.stack.push(Value::List(items));
-        Some(())
     }
 
     fn since_mark(&mut self) -> Option<Vec<Value>> {
@@ -304,8 +357,28 @@ mod tests {
     fn an_array_and_a_list_are_read() {
         let value = read(PYTHON_2).unwrap();
         assert_eq!(value.get("labels").unwrap().ints(), Some(vec![6, 300]));
-        assert_eq!(value.get("data").unwrap().array(), Some(&[1, 2][..]));
+        assert_eq!(value.get("data").unwrap().array(), Some(vec![1, 2]));
         assert_eq!(value.get("filenames"), None);
+    }
+
+    /// Written by `tests/data/pickles.py`: two images, counted through, and their labels.
+    #[test]
+    fn what_pythons_write_is_read() {
+        let files: [(&str, &[u8]); 5] = [
+            ("Python 2.7", include_bytes!("../../tests/data/python2_protocol2.pkl")),
+            ("protocol 2", include_bytes!("../../tests/data/python3_protocol2.pkl")),
+            ("protocol 3", include_bytes!("../../tests/data/python3_protocol3.pkl")),
+            ("protocol 4", include_bytes!("../../tests/data/python3_protocol4.pkl")),
+            ("protocol 5", include_bytes!("../../tests/data/python3_protocol5.pkl")),
+        ];
+        let pixels: Vec<u8> = (0..2 * 3072_u32).map(|at| (at * 7 % 256) as u8).collect();
+        for (name, bytes) in files {
+            let value = read(bytes).unwrap();
+            assert_eq!(value.get("labels").unwrap().ints(), Some(vec![6, 9]), "{name}");
+            assert!(value.get("data").unwrap().array().as_deref() == Some(&pixels), "{name}");
+            // The same array, its columns first.
+            assert_eq!(value.get("columns").unwrap().array(), None, "{name}");
+        }
     }
 
     #[test]
