@@ -39,7 +39,7 @@ pub(crate) struct Inputs<'a> {
     pub(crate) gamma: &'a [f32],
 }
 
-/// What [`forward`] leaves for [`backward`] besides its inputs and its saved.
+/// What [`forward`] leaves for [`backward`] besides its inputs and its result.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Saved {
     /// The convolution's output, `[images, groups · outputs, h, w]`.
@@ -60,11 +60,11 @@ pub(crate) struct Backward {
     pub(crate) weight: Vec<f32>,
     pub(crate) gamma: Vec<f32>,
     pub(crate) beta: Vec<f32>,
-    /// Gradient of the residual, where a ReLU makes it differ from that of the saved.
+    /// Gradient of the residual, where a ReLU makes it differ from that of the result.
     pub(crate) residual: Option<Vec<f32>>,
 }
 
-/// Computes the saved.
+/// Computes the result.
 pub(crate) fn forward(
     fused: Fused,
     inputs: Inputs,
@@ -96,22 +96,8 @@ pub(crate) fn forward(
             }
         });
     let mut out = vec![0.0; y.len()];
-    let mut saved = Saved { y, ..Saved::default() };
-    for channel in 0..channels {
-        let of_channel = || moments[channel..].iter().step_by(channels);
-        let mean = of_channel().map(|moment| f64::from(moment.0)).sum::<f64>() / images as f64;
-        // Spread within images, and of the images' means around the batch's.
-        let spread = |moment: &(f32, f32)| {
-            f64::from(moment.1) + plane as f64 * (f64::from(moment.0) - mean).powi(2)
-        };
-        let variance = of_channel().map(spread).sum::<f64>() / (images * plane) as f64;
-        let inverse = 1.0 / (variance + f64::from(epsilon)).sqrt();
-        let scale = f64::from(inputs.gamma[channel]) * inverse;
-        saved.scale.push(scale as f32);
-        saved.shift.push((f64::from(beta[channel]) - mean * scale) as f32);
-        saved.mean.push(mean as f32);
-        saved.inverse.push(inverse as f32);
-    }
+    let moments = Moments { of: &moments, images, plane };
+    let saved = moments.saved(y, (inputs.gamma, beta), epsilon);
     let (scale, shift, y) = (&saved.scale, &saved.shift, &saved.y);
     let part = each * shape.out_image();
     out.par_chunks_mut(part).enumerate().for_each(|(index, out)| {
@@ -121,6 +107,40 @@ pub(crate) fn forward(
         Arch::new().dispatch(|| finish(out, y, residual, (scale, shift, plane, relu)));
     });
     (out, saved)
+}
+
+/// Mean, and sum of squared distances from it, of each image's channels.
+struct Moments<'a> {
+    /// `[images, channels]`.
+    of: &'a [(f32, f32)],
+    images: usize,
+    /// Values of a channel of an image.
+    plane: usize,
+}
+
+impl Moments<'_> {
+    /// Normalises the batch: what `y` is scaled and shifted by, channel by channel.
+    fn saved(&self, y: Vec<f32>, (gamma, beta): (&[f32], &[f32]), epsilon: f32) -> Saved {
+        let Moments { images, plane, .. } = *self;
+        let channels = gamma.len();
+        let mut saved = Saved { y, ..Saved::default() };
+        for (channel, (gamma, beta)) in gamma.iter().zip(beta).enumerate() {
+            let of_channel = || self.of[channel..].iter().step_by(channels);
+            let mean = of_channel().map(|moment| f64::from(moment.0)).sum::<f64>() / images as f64;
+            // Spread within images, and of the images' means around the batch's.
+            let spread = |moment: &(f32, f32)| {
+                f64::from(moment.1) + plane as f64 * (f64::from(moment.0) - mean).powi(2)
+            };
+            let variance = of_channel().map(spread).sum::<f64>() / (images * plane) as f64;
+            let inverse = 1.0 / (variance + f64::from(epsilon)).sqrt();
+            let scale = f64::from(*gamma) * inverse;
+            saved.scale.push(scale as f32);
+            saved.shift.push((f64::from(*beta) - mean * scale) as f32);
+            saved.mean.push(mean as f32);
+            saved.inverse.push(inverse as f32);
+        }
+        saved
+    }
 }
 
 /// `out = relu(y · scale + shift + residual)`.
@@ -181,11 +201,52 @@ pub(crate) fn backward(
     (saved, out): (&Saved, Option<&[f32]>),
     grad: &[f32],
 ) -> Backward {
+    let masked = fused.relu && out.is_some();
+    let (sums, through) = channel_sums(fused, (saved, out), grad);
+    let channels = saved.scale.len();
+    let total = |channel: usize, which: fn(&(f32, f32)) -> f32| {
+        sums[channel..].iter().step_by(channels).map(|sums| f64::from(which(sums))).sum::<f64>()
+    };
+    let beta: Vec<f64> = (0..channels).map(|channel| total(channel, |sums| sums.0)).collect();
+    let gamma: Vec<f64> = (0..channels).map(|channel| total(channel, |sums| sums.1)).collect();
+    let count = (sums.len() / channels * fused.shape.out_plane()) as f64;
+    // dy = scale · (grad − mean(grad) − ŷ · mean(grad · ŷ)) = a · grad + b · y + c.
+    let affine: Vec<[f32; 3]> = (0..channels)
+        .map(|channel| {
+            let a = f64::from(saved.scale[channel]);
+            let (mean, inverse) =
+                (f64::from(saved.mean[channel]), f64::from(saved.inverse[channel]));
+            let b = -a * gamma[channel] * inverse / count;
+            [a as f32, b as f32, (-a * beta[channel] / count - b * mean) as f32]
+        })
+        .collect();
+    let arriving = Arriving {
+        grad: if masked { &through } else { grad },
+        affine: &affine,
+        saved,
+        relu: fused.relu && !masked,
+    };
+    let (x, weight) = through_convolution(fused.shape, inputs, arriving);
+    Backward {
+        x,
+        weight,
+        gamma: gamma.into_iter().map(|value| value as f32).collect(),
+        beta: beta.into_iter().map(|value| value as f32).collect(),
+        residual: masked.then_some(through),
+    }
+}
+
+/// Σ grad and Σ grad · ŷ of each image's channels, after the ReLU; and, where there is a residual
+/// before the ReLU, what of `grad` passes it.
+fn channel_sums(
+    fused: Fused,
+    (saved, out): (&Saved, Option<&[f32]>),
+    grad: &[f32],
+) -> (Vec<(f32, f32)>, Vec<f32>) {
     let Fused { shape, relu, .. } = fused;
-    let images = inputs.x.len() / shape.in_image();
+    let (channels, plane) = (shape.groups * shape.outputs, shape.out_plane());
+    let images = grad.len() / shape.out_image();
     let each = images.div_ceil(PARTS).max(1);
-    let channels = shape.groups * shape.outputs;
-    let plane = shape.out_plane();
     let masked = relu && out.is_some();
     let mut through = vec![0.0; if masked { grad.len() } else { 0 }];
     let mut sums = vec![(0.0_f32, 0.0_f32); images * channels];
@@ -213,78 +274,79 @@ pub(crate) fn backward(
             });
         }
     };
+    let parts = sums.par_chunks_mut(each * channels);
     match masked {
-        true => sums
-            .par_chunks_mut(each * channels)
+        true => parts
             .zip(through.par_chunks_mut(part))
             .enumerate()
             .for_each(|(index, (sums, through))| sum_part(index, sums, through)),
-        false => sums
-            .par_chunks_mut(each * channels)
-            .enumerate()
-            .for_each(|(index, sums)| sum_part(index, sums, &mut [])),
+        false => parts.enumerate().for_each(|(index, sums)| sum_part(index, sums, &mut [])),
     }
-    let count = (images * plane) as f64;
-    let total = |channel: usize, which: fn(&(f32, f32)) -> f32| {
-        sums[channel..].iter().step_by(channels).map(|sums| f64::from(which(sums))).sum::<f64>()
-    };
-    let beta: Vec<f64> = (0..channels).map(|channel| total(channel, |sums| sums.0)).collect();
-    let gamma: Vec<f64> = (0..channels).map(|channel| total(channel, |sums| sums.1)).collect();
-    // dy = scale · (grad − mean(grad) − ŷ · mean(grad · ŷ)) = a · grad + b · y + c.
-    let affine: Vec<[f32; 3]> = (0..channels)
-        .map(|channel| {
-            let a = f64::from(saved.scale[channel]);
-            let (mean, inverse) =
-                (f64::from(saved.mean[channel]), f64::from(saved.inverse[channel]));
-            let b = -a * gamma[channel] * inverse / count;
-            [a as f32, b as f32, (-a * beta[channel] / count - b * mean) as f32]
-        })
-        .collect();
+    (sums, through)
+}
 
+/// The gradient that arrives at a convolution's output, as it is worked out row by row.
+#[derive(Clone, Copy)]
+struct Arriving<'a> {
+    /// That of the result, after the ReLU where [`Arriving::relu`] is false.
+    grad: &'a [f32],
+    /// A channel's a, b and c: a · grad + b · y + c.
+    affine: &'a [[f32; 3]],
+    saved: &'a Saved,
+    /// Whether the ReLU is still to be gone through: open where `y · scale + shift` is above zero.
+    relu: bool,
+}
+
+impl Arriving<'_> {
+    /// Fills `scratch` with what arrives at the output channels of the group that is the `place`th
+    /// of all images' groups.
+    fn fill(&self, scratch: &mut Scratch, shape: Shape, place: usize) {
+        let plane = shape.out_plane();
+        for channel in 0..shape.outputs {
+            let all = place % shape.groups * shape.outputs + channel;
+            let [a, b, c] = self.affine[all];
+            let start = (place * shape.outputs + channel) * plane;
+            let (grad, y) = (&self.grad[start..][..plane], &self.saved.y[start..][..plane]);
+            let mask = self.relu.then(|| (self.saved.scale[all], self.saved.shift[all]));
+            Arch::new().dispatch(|| {
+                let width = shape.out_width();
+                let rows = grad.chunks_exact(width).zip(y.chunks_exact(width));
+                for (row, (grad, y)) in rows.enumerate() {
+                    let to = scratch.gradient_row(shape, channel, row);
+                    let values = to.iter_mut().zip(grad).zip(y);
+                    match mask {
+                        Some((scale, shift)) => values.for_each(|((to, grad), y)| {
+                            let open = y * scale + shift > 0.0;
+                            *to = a * if open { *grad } else { 0.0 } + (b * y + c);
+                        }),
+                        None => values.for_each(|((to, grad), y)| *to = a * grad + (b * y + c)),
+                    }
+                }
+            });
+        }
+    }
+}
+
+/// The gradients of a convolution's images and of its weights.
+fn through_convolution(shape: Shape, inputs: Inputs, arriving: Arriving) -> (Vec<f32>, Vec<f32>) {
     let weights = Weights::new(shape, inputs.weight);
+    let images = inputs.x.len() / shape.in_image();
+    let each = images.div_ceil(PARTS).max(1);
+    let ins = shape.inputs * shape.in_plane();
     let mut x = vec![0.0; inputs.x.len()];
-    let parts = images.div_ceil(each);
-    let mut partial = vec![0.0; parts * inputs.weight.len()];
-    let grad = if masked { &through } else { grad };
+    let mut partial = vec![0.0; images.div_ceil(each) * inputs.weight.len()];
     x.par_chunks_mut(each * shape.in_image())
         .zip(partial.par_chunks_mut(inputs.weight.len().max(1)))
         .enumerate()
         .for_each(|(index, (dx, dw))| {
             let mut scratch = Scratch::new(shape);
-            let start = index * each * shape.groups;
-            let ins = shape.inputs * shape.in_plane();
+            let first = index * each * shape.groups;
             for (at, dx) in dx.chunks_exact_mut(ins).enumerate() {
                 let group = at % shape.groups;
-                let first = (start + at) * shape.outputs;
-                for channel in 0..shape.outputs {
-                    let all = group * shape.outputs + channel;
-                    let [a, b, c] = affine[all];
-                    let range = (first + channel) * plane..(first + channel + 1) * plane;
-                    let (grad, y) = (&grad[range.clone()], &saved.y[range]);
-                    let mask = (relu && !masked).then(|| (saved.scale[all], saved.shift[all]));
-                    Arch::new().dispatch(|| {
-                        let width = shape.out_width();
-                        let rows = grad.chunks_exact(width).zip(y.chunks_exact(width));
-                        for (row, (grad, y)) in rows.enumerate() {
-                            let to = scratch.gradient_row(shape, channel, row);
-                            let values = to.iter_mut().zip(grad).zip(y);
-                            match mask {
-                                Some((scale, shift)) => values.for_each(|((to, grad), y)| {
-                                    let open = y * scale + shift > 0.0;
-                                    *to = a * if open { *grad } else { 0.0 } + (b * y + c);
-                                }),
-                                None => {
-                                    values.for_each(|((to, grad), y)| *to = a * grad + (b * y + c))
-                                }
-                            }
-                        }
-                    });
-                }
-                scratch.lower_input(shape, &inputs.x[(start + at) * ins..][..ins]);
-                scratch.weight_gradient(
-                    &weights,
-                    &mut dw[group * shape.weights()..][..shape.weights()],
-                );
+                arriving.fill(&mut scratch, shape, first + at);
+                scratch.lower_input(shape, &inputs.x[(first + at) * ins..][..ins]);
+                let dw = &mut dw[group * shape.weights()..][..shape.weights()];
+                scratch.weight_gradient(&weights, dw);
                 scratch.input_gradient(&weights, group, dx);
             }
         });
@@ -292,13 +354,7 @@ pub(crate) fn backward(
     for partial in partial.chunks_exact(inputs.weight.len().max(1)) {
         weight.iter_mut().zip(partial).for_each(|(sum, partial)| *sum += partial);
     }
-    Backward {
-        x,
-        weight,
-        gamma: gamma.into_iter().map(|value| value as f32).collect(),
-        beta: beta.into_iter().map(|value| value as f32).collect(),
-        residual: masked.then_some(through),
-    }
+    (x, weight)
 }
 
 /// Σ grad and Σ grad · ŷ.

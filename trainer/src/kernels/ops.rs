@@ -9,10 +9,11 @@ use std::sync::Arc;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, TensorMetadata, backend_extension};
 use burn::tensor::{Device, Tensor, TensorData};
+use burn_autodiff::NodeId;
 use burn_autodiff::checkpoint::base::Checkpointer;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn_autodiff::grads::Gradients;
-use burn_autodiff::ops::{Backward, Ops, OpsKind};
+use burn_autodiff::ops::{Backward, ComputePropertyDone, Ops, OpsKind, OpsPrep};
 use burn_flex::FlexTensor;
 
 use super::conv::Shape;
@@ -210,10 +211,35 @@ struct ConvNormState {
 }
 
 impl ConvNormState {
-    fn gradients(&self, grad: &FlexTensor) -> fused::Backward {
-        let ConvNormState { x, weight, gamma, options, .. } = self;
+    /// The operation's result, and what its backward pass needs.
+    fn forward(
+        [x, weight, gamma]: [FlexTensor; 3],
+        beta: &FlexTensor,
+        residual: Option<&FlexTensor>,
+        options: ConvNormOptions,
+    ) -> (FlexTensor, ConvNormState) {
+        let op = ConvNorm { x: &x, weight: &weight, gamma: &gamma, options };
+        let (out, saved) = op.forward(beta, residual);
+        let kept = (residual.is_some() && options.relu).then(|| out.clone());
+        let saved = Arc::new(saved);
+        (out, ConvNormState { x, weight, gamma, out: kept, saved, options })
+    }
+
+    /// The gradients of x, weight, gamma, beta and the residual from that of the result.
+    fn backward(self, grad: FlexTensor) -> [FlexTensor; 5] {
+        let ConvNormState { x, weight, gamma, options, .. } = &self;
         let op = ConvNorm { x, weight, gamma, options: *options };
-        op.backward(&self.saved, self.out.as_ref(), grad)
+        let found = op.backward(&self.saved, self.out.as_ref(), &grad);
+        [
+            tensor(found.x, x),
+            tensor(found.weight, weight),
+            vector(found.gamma),
+            vector(found.beta),
+            match found.residual {
+                Some(residual) => tensor(residual, &grad),
+                None => grad,
+            },
+        ]
     }
 }
 
@@ -230,19 +256,8 @@ impl Backward<Flex, 4> for ConvNormPlain {
 
     fn backward(self, ops: Ops<ConvNormState, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<Flex>(&ops.node);
-        let state = ops.state;
-        let found = state.gradients(&grad);
-        let found = [
-            tensor(found.x, &state.x),
-            tensor(found.weight, &state.weight),
-            vector(found.gamma),
-            vector(found.beta),
-        ];
-        for (node, grad) in ops.parents.into_iter().zip(found) {
-            if let Some(node) = node {
-                grads.register::<Flex>(node.id, grad);
-            }
-        }
+        let nodes = ops.parents.map(|node| node.map(|node| node.id));
+        register(grads, nodes, ops.state.backward(grad));
     }
 }
 
@@ -251,24 +266,36 @@ impl Backward<Flex, 5> for ConvNormResidual {
 
     fn backward(self, ops: Ops<ConvNormState, 5>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<Flex>(&ops.node);
-        let state = ops.state;
-        let found = state.gradients(&grad);
-        let residual = match found.residual {
-            Some(residual) => tensor(residual, &grad),
-            None => grad,
-        };
-        let found = [
-            tensor(found.x, &state.x),
-            tensor(found.weight, &state.weight),
-            vector(found.gamma),
-            vector(found.beta),
-            residual,
-        ];
-        for (node, grad) in ops.parents.into_iter().zip(found) {
-            if let Some(node) = node {
-                grads.register::<Flex>(node.id, grad);
-            }
+        let nodes = ops.parents.map(|node| node.map(|node| node.id));
+        register(grads, nodes, ops.state.backward(grad));
+    }
+}
+
+/// Adds the gradients `found` to those of the nodes that want one.
+fn register(
+    grads: &mut Gradients,
+    nodes: impl IntoIterator<Item = Option<NodeId>>,
+    found: impl IntoIterator<Item = FlexTensor>,
+) {
+    for (node, grad) in nodes.into_iter().zip(found) {
+        if let Some(node) = node {
+            grads.register::<Flex>(node, grad);
         }
+    }
+}
+
+/// Notes an operation down for the backward pass, where anybody will ask for it.
+fn record<C: CheckpointStrategy, B, S, const P: usize>(
+    prepared: OpsPrep<B, Flex, S, C, P, ComputePropertyDone>,
+    (out, state): (FlexTensor, S),
+) -> FloatTensor<Autodiff<Flex, C>>
+where
+    B: Backward<Flex, P, State = S>,
+    S: Clone + Send + std::fmt::Debug + 'static,
+{
+    match prepared.stateful() {
+        OpsKind::Tracked(prepared) => prepared.finish(state, out),
+        OpsKind::UnTracked(prepared) => prepared.finish(out),
     }
 }
 
@@ -306,20 +333,10 @@ impl<C: CheckpointStrategy> Kernels for Autodiff<Flex, C> {
         beta: FloatTensor<Self>,
         options: ConvNormOptions,
     ) -> FloatTensor<Self> {
-        let (x, x_node) = x.into_parts();
-        let (weight, weight_node) = weight.into_parts();
-        let (gamma, gamma_node) = gamma.into_parts();
-        let (beta, beta_node) = beta.into_parts();
-        let op = ConvNorm { x: &x, weight: &weight, gamma: &gamma, options };
-        let (out, saved) = op.forward(&beta, None);
-        let nodes = [x_node, weight_node, gamma_node, beta_node];
-        match ConvNormPlain.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => {
-                let saved = Arc::new(saved);
-                prep.finish(ConvNormState { x, weight, gamma, out: None, saved, options }, out)
-            }
-            OpsKind::UnTracked(prep) => prep.finish(out),
-        }
+        let [(x, nx), (weight, nw), (gamma, ng), (beta, nb)] =
+            [x, weight, gamma, beta].map(|tensor| tensor.into_parts());
+        let found = ConvNormState::forward([x, weight, gamma], &beta, None, options);
+        record(ConvNormPlain.prepare::<C>([nx, nw, ng, nb]).compute_bound(), found)
     }
 
     fn conv_norm_add(
@@ -330,22 +347,10 @@ impl<C: CheckpointStrategy> Kernels for Autodiff<Flex, C> {
         residual: FloatTensor<Self>,
         options: ConvNormOptions,
     ) -> FloatTensor<Self> {
-        let (x, x_node) = x.into_parts();
-        let (weight, weight_node) = weight.into_parts();
-        let (gamma, gamma_node) = gamma.into_parts();
-        let (beta, beta_node) = beta.into_parts();
-        let (residual, residual_node) = residual.into_parts();
-        let op = ConvNorm { x: &x, weight: &weight, gamma: &gamma, options };
-        let (out, saved) = op.forward(&beta, Some(&residual));
-        let nodes = [x_node, weight_node, gamma_node, beta_node, residual_node];
-        match ConvNormResidual.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => {
-                let kept = options.relu.then(|| out.clone());
-                let saved = Arc::new(saved);
-                prep.finish(ConvNormState { x, weight, gamma, out: kept, saved, options }, out)
-            }
-            OpsKind::UnTracked(prep) => prep.finish(out),
-        }
+        let [(x, nx), (weight, nw), (gamma, ng), (beta, nb), (residual, nr)] =
+            [x, weight, gamma, beta, residual].map(|tensor| tensor.into_parts());
+        let found = ConvNormState::forward([x, weight, gamma], &beta, Some(&residual), options);
+        record(ConvNormResidual.prepare::<C>([nx, nw, ng, nb, nr]).compute_bound(), found)
     }
 
     fn exchange(
@@ -353,224 +358,12 @@ impl<C: CheckpointStrategy> Kernels for Autodiff<Flex, C> {
         sent: FloatTensor<Self>,
         routes: Routes,
     ) -> FloatTensor<Self> {
-        let (base, base_node) = base.into_parts();
-        let (sent, sent_node) = sent.into_parts();
+        let [(base, nb), (sent, ns)] = [base, sent].map(|tensor| tensor.into_parts());
         let out = Flex::exchange(base, sent, routes.clone());
-        match ExchangeBackward.prepare::<C>([base_node, sent_node]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(ExchangeState { routes }, out),
-            OpsKind::UnTracked(prep) => prep.finish(out),
-        }
+        let found = (out, ExchangeState { routes });
+        record(ExchangeBackward.prepare::<C>([nb, ns]).compute_bound(), found)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use burn::tensor::activation::relu;
-    use burn::tensor::module::{batch_norm_train, conv2d};
-    use burn::tensor::ops::ConvOptions;
-    use rand::RngExt;
-    use snn_schemas::{Dtype, Policy};
-
-    use super::*;
-    use crate::seed::{Rng, rng};
-
-    /// Values between −1 and 2: about half of what a ReLU sees is cut off.
-    fn random<const D: usize>(shape: [usize; D], rng: &mut Rng) -> Tensor<D> {
-        let count = shape.iter().product();
-        let values: Vec<f32> = (0..count).map(|_| rng.random_range(-1.0..2.0)).collect();
-        Tensor::from_data(TensorData::new(values, shape), &Device::flex().autodiff())
-    }
-
-    /// What gradients may differ by, relative to the largest of a tensor.
-    const TOLERANCE: f32 = 1e-4;
-
-    /// Result, then the gradients of x, weight, gamma, beta and residual.
-    type Found = Vec<(&'static str, Vec<f32>)>;
-
-    struct Layer {
-        name: &'static str,
-        groups: usize,
-        channels: [usize; 2],
-        kernel: usize,
-        stride: usize,
-        relu: bool,
-        residual: bool,
-    }
-
-    /// Every kind of layer the network has, and sizes that fill no vector.
-    const LAYERS: [Layer; 8] = [
-        Layer {
-            name: "stem",
-            groups: 1,
-            channels: [3, 16],
-            kernel: 3,
-            stride: 1,
-            relu: true,
-            residual: false,
-        },
-        Layer {
-            name: "reduce",
-            groups: 4,
-            channels: [16, 8],
-            kernel: 1,
-            stride: 1,
-            relu: true,
-            residual: false,
-        },
-        Layer {
-            name: "spatial",
-            groups: 4,
-            channels: [16, 16],
-            kernel: 3,
-            stride: 1,
-            relu: true,
-            residual: false,
-        },
-        Layer {
-            name: "strided",
-            groups: 4,
-            channels: [16, 16],
-            kernel: 3,
-            stride: 2,
-            relu: true,
-            residual: false,
-        },
-        Layer {
-            name: "depthwise",
-            groups: 8,
-            channels: [8, 8],
-            kernel: 3,
-            stride: 2,
-            relu: true,
-            residual: false,
-        },
-        Layer {
-            name: "expand",
-            groups: 4,
-            channels: [8, 20],
-            kernel: 1,
-            stride: 1,
-            relu: true,
-            residual: true,
-        },
-        Layer {
-            name: "open",
-            groups: 2,
-            channels: [6, 10],
-            kernel: 1,
-            stride: 1,
-            relu: false,
-            residual: true,
-        },
-        Layer {
-            name: "shortcut",
-            groups: 2,
-            channels: [6, 10],
-            kernel: 1,
-            stride: 2,
-            relu: false,
-            residual: false,
-        },
-    ];
-
-    impl Layer {
-        fn run(&self, [height, width]: [usize; 2], by_kernels: bool) -> Found {
-            let mut rng = rng(5, self.name, height);
-            let [inputs, outputs] = self.channels;
-            let x = random([5, inputs, height, width], &mut rng).require_grad();
-            let shape = [outputs, inputs / self.groups, self.kernel, self.kernel];
-            let weight = random(shape, &mut rng).require_grad();
-            let gamma = random([outputs], &mut rng).require_grad();
-            let beta = random([outputs], &mut rng).require_grad();
-            let out = [5, outputs, height.div_ceil(self.stride), width.div_ceil(self.stride)];
-            let residual = random(out, &mut rng).require_grad();
-            let added = self.residual.then(|| residual.clone());
-            let weighing = random(out, &mut rng);
-            let Layer { groups, stride, relu: close, kernel, .. } = *self;
-            let y = if by_kernels {
-                let options = ConvNormOptions { groups, stride, epsilon: 1e-5, relu: close };
-                conv_norm(x.clone(), weight.clone(), [gamma.clone(), beta.clone()], added, options)
-            } else {
-                let options = ConvOptions::new([stride; 2], [kernel / 2; 2], [1, 1], groups);
-                let y = conv2d(x.clone(), weight.clone(), None, options);
-                let y = batch_norm_train(y, gamma.clone(), beta.clone(), 1e-5).output;
-                let y = match added {
-                    Some(residual) => y + residual,
-                    None => y,
-                };
-                if close { relu(y) } else { y }
-            };
-            let grads = (y.clone() * weighing).sum().backward();
-            let vec4 = |tensor: Tensor<4>| tensor.try_into_vec_as::<f32>().unwrap();
-            let vec1 = |tensor: Tensor<1>| tensor.try_into_vec_as::<f32>().unwrap();
-            let mut found = vec![
-                ("out", vec4(y)),
-                ("x", vec4(x.grad(&grads).unwrap())),
-                ("weight", vec4(weight.grad(&grads).unwrap())),
-                ("gamma", vec1(gamma.grad(&grads).unwrap())),
-                ("beta", vec1(beta.grad(&grads).unwrap())),
-            ];
-            if self.residual {
-                found.push(("residual", vec4(residual.grad(&grads).unwrap())));
-            }
-            found
-        }
-    }
-
-    #[test]
-    fn results_and_gradients_are_those_of_burns_layers() {
-        for layer in &LAYERS {
-            for size in [[8, 8], [5, 7], [12, 9], [1, 2]] {
-                let found = layer.run(size, true);
-                for ((what, found), (_, expected)) in found.iter().zip(layer.run(size, false)) {
-                    let largest =
-                        expected.iter().fold(1.0_f32, |most, value| most.max(value.abs()));
-                    assert_eq!(found.len(), expected.len());
-                    for (found, expected) in found.iter().zip(&expected) {
-                        let off = (found - expected).abs() / largest;
-                        assert!(
-                            off < TOLERANCE,
-                            "{} {size:?} {what}: {found}, not {expected}",
-                            layer.name
-                        );
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn an_exchange_and_its_gradients_are_those_of_the_plain_formulation() {
-        let text = br#"{"version":1,"groups":3,"staleness":1,"dtype":"f16","decisions":[[3,4],[1,0],[0,8]]}"#;
-        let mut policy = Policy::from_json(text).unwrap();
-        let mut rng = rng(5, "exchange", 0);
-        let mut random = || random([4, 9, 3, 5], &mut rng).require_grad();
-        for dtype in [Dtype::F16, Dtype::F32, Dtype::I8, Dtype::I4] {
-            policy.dtype = dtype;
-            for step in 0..2 {
-                let (base, sent, weighing) = (random(), random(), random());
-                let routes = Routes::new(&policy, step, 3).unwrap();
-                let fast = exchange(base.clone(), sent.clone(), routes);
-                let arrived = crate::exchange::received(sent.clone(), &policy, step).unwrap();
-                let plain = base.clone() + arrived;
-                let gradients = |out: Tensor<4>| {
-                    let grads = (out.clone() * weighing.clone()).sum().backward();
-                    [out, base.grad(&grads).unwrap(), sent.grad(&grads).unwrap()]
-                        .map(|tensor| tensor.try_into_vec_as::<f32>().unwrap())
-                };
-                assert!(gradients(fast) == gradients(plain), "{dtype} step {step}");
-            }
-        }
-        assert_eq!(Routes::new(&policy, 2, 3), None, "a silent step moves nothing");
-    }
-
-    #[test]
-    fn the_result_does_not_depend_on_the_number_of_threads() {
-        let layer = &LAYERS[5];
-        let with = |threads: usize| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| layer.run([12, 9], true))
-        };
-        assert!(with(1) == with(3));
-    }
-}
+mod tests;
