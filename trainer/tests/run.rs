@@ -1,8 +1,9 @@
 //! Whole runs of a very small network: what they leave behind, what a stop changes, what is refused.
 
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
 
 use std::path::Path;
+use std::process::Command;
 
 use snn_schemas::{Dtype, Policy, onnx};
 use snn_trainer::{
@@ -93,6 +94,7 @@ fn a_run_leaves_a_model_whose_predictions_are_those_of_training() {
 
     let page = String::from_utf8(read(&out, "report.html")).unwrap();
     assert!(page.contains("Stage 1: loss") && page.contains("<td>searched</td>"));
+    assert!(page.contains("t2: decision") && page.contains("Fine-tuning: loss"));
     assert!(!page.contains("http://") || page.matches("http://").all(|found| found.len() == 7));
 }
 
@@ -123,6 +125,58 @@ fn a_run_that_was_stopped_ends_as_one_that_was_not() {
     for name in ["model.onnx", "best.json", "config.toml", "run.json", "report.html"] {
         assert!(read(&whole, name) == read(&parts, name), "{name} differs");
     }
+}
+
+/// A file system of its own for a test, of so many bytes; unmounted when dropped.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    /// Nothing where this process may not mount one.
+    fn mount(bytes: usize) -> Option<SmallDisk> {
+        let folder = tempfile::tempdir().unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &format!("size={bytes}"), "tmpfs"]).arg(folder.path());
+        let mounted = mount.output().is_ok_and(|output| output.status.success());
+        mounted.then_some(SmallDisk(folder))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // What stays mounted is seen by the temporary folder's own removal.
+        let _ = Command::new("umount").arg(self.0.path()).output();
+    }
+}
+
+#[test]
+fn a_full_disk_ends_a_run_that_can_be_gone_on_with() {
+    const DISK: usize = 16 << 20;
+    let Some(disk) = SmallDisk::mount(DISK) else {
+        eprintln!("skipped: no file system can be mounted here");
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let config = tiny();
+    snn_trainer::train(&config, None, folder.path(), false, &mut ()).unwrap();
+    let (out, ballast) = (disk.0.path().join("run"), disk.0.path().join("ballast"));
+    let mut told = 0;
+    let mut fill = |_: &Report| {
+        told += 1;
+        if told == 2 {
+            let full = std::fs::write(&ballast, vec![0_u8; DISK]).unwrap_err();
+            assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+        }
+    };
+    let error = snn_trainer::train(&config, None, &out, false, &mut fill).unwrap_err();
+    let TrainError::Io { path, source } = &error else { panic!("{error}") };
+    assert_eq!(source.kind(), std::io::ErrorKind::StorageFull);
+    assert!(path.starts_with(&out) && error.to_string().lines().count() == 1, "{error}");
+    let files: Vec<_> = std::fs::read_dir(out.join("checkpoints")).unwrap().collect();
+    assert_eq!(files.len(), 1, "nothing half written is left");
+    // With room again the run goes on from its last checkpoint, and ends as if nothing had been.
+    std::fs::remove_file(&ballast).unwrap();
+    snn_trainer::train(&config, None, &out, true, &mut ()).unwrap();
+    assert_eq!(metrics(&out), metrics(folder.path()));
 }
 
 #[test]
