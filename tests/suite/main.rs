@@ -25,6 +25,7 @@ mod overlap;
 mod processes;
 mod segment;
 mod survival;
+mod trained;
 mod trust;
 
 use std::path::Path;

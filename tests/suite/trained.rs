@@ -1,0 +1,46 @@
+//! A trained network after the compiler: as many images told right as training reported.
+
+use bytes::Bytes;
+use snn_compiler::{Nodes, Options, PolicySource, Source, compile};
+use snn_schemas::{Dtype, Policy};
+use snn_trainer::{Config, Data, classify, judge_onnx, read_network, write_exchanging};
+
+fn model(name: &str) -> Vec<u8> {
+    std::fs::read(format!("{}/examples/models/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
+}
+
+/// The model with the exchanges of `policy` in it, as `snnc split --nodes 1` writes it.
+fn fused(model: &[u8], policy: &Policy) -> Vec<u8> {
+    let source = Source::from_bytes(Bytes::copy_from_slice(model)).unwrap();
+    let policy = PolicySource::from_bytes(policy.to_json().as_bytes()).unwrap();
+    let options = Options { nodes: Nodes::Even(1), input_shape: None };
+    compile(&source, Some(&policy), &options).unwrap().shards[0].to_bytes().to_vec()
+}
+
+#[test]
+fn a_fused_model_tells_as_many_digits_right_as_training_did() {
+    let (model, json) = (model("digits.onnx"), model("digits.json"));
+    let policy = Policy::from_json(&json).unwrap();
+    let provenance = policy.provenance.clone().unwrap();
+    let reported = provenance["accuracy"]["searched"]["test"].as_f64().unwrap();
+    let config = Config { seed: 2, ..Config::digits() };
+    let data = Data::load(&config, None).unwrap();
+    let by_compiler = judge_onnx(&fused(&model, &policy), &data.test, 10).unwrap();
+    assert_eq!(by_compiler.correct as f64, (reported * by_compiler.images as f64).round());
+
+    // The trainer's own way to write exchanges agrees with the compiler's.
+    let network = read_network(model.clone(), &config).unwrap();
+    let exchanging = write_exchanging(&network, &policy, &data).unwrap();
+    let by_trainer = judge_onnx(&exchanging, &data.test, 10).unwrap();
+    assert_eq!(by_trainer.correct, by_compiler.correct);
+    assert!((by_trainer.loss - by_compiler.loss).abs() < 1e-4);
+
+    // Codes, which only the compiler writes, are worth what training simulates.
+    for dtype in [Dtype::I8, Dtype::I4] {
+        let policy = Policy { dtype, ..policy.clone() };
+        let told = classify(&network, &policy, &data.test).unwrap();
+        let right = told.iter().zip(data.test.labels()).filter(|(told, label)| told == label);
+        let by_compiler = judge_onnx(&fused(&model, &policy), &data.test, 10).unwrap();
+        assert_eq!(by_compiler.correct, right.count(), "{dtype}");
+    }
+}
