@@ -2,8 +2,12 @@
 //!
 //! Each measurement makes a step of both formulations in turn and counts the time of one, so that a
 //! busy machine slows both alike. `cargo bench -p snn-trainer`; images a second are what criterion
-//! calls throughput.
+//! calls throughput. After each network the pairs are summed up once more: the median of their ratios,
+//! and the smallest time of one against the smallest of the other, which a busy machine disturbs least.
 
+#![allow(clippy::print_stdout, reason = "a benchmark tells what it found")]
+
+use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
 use burn::nn::loss::CrossEntropyLoss;
@@ -67,13 +71,36 @@ fn pair(criterion: &mut Criterion, name: &str, settings: &NetConfig, batch: usiz
     let mut kernels = Trainee::new(settings, batch, KERNELS);
     let mut group = criterion.benchmark_group(name);
     group.throughput(Throughput::Elements(batch as u64)).sample_size(10);
+    let pairs = RefCell::new(Vec::new());
+    let mut both = || {
+        let pair = (plain.step(), kernels.step());
+        pairs.borrow_mut().push(pair);
+        pair
+    };
     group.bench_function("burn's layers", |bencher| {
-        bencher.iter_custom(|steps| (0..steps).map(|_| (plain.step(), kernels.step()).0).sum());
+        bencher.iter_custom(|steps| (0..steps).map(|_| both().0).sum());
     });
     group.bench_function("kernels", |bencher| {
-        bencher.iter_custom(|steps| (0..steps).map(|_| (plain.step(), kernels.step()).1).sum());
+        bencher.iter_custom(|steps| (0..steps).map(|_| both().1).sum());
     });
     group.finish();
+    tell(name, &pairs.into_inner());
+}
+
+/// Sums up the pairs; nothing where the benchmark was filtered out.
+fn tell(name: &str, pairs: &[(Duration, Duration)]) {
+    let ratio = |pair: &(Duration, Duration)| pair.0.as_secs_f64() / pair.1.as_secs_f64();
+    let mut ratios: Vec<f64> = pairs.iter().map(ratio).collect();
+    ratios.sort_by(f64::total_cmp);
+    let smallest = |of: fn(&(Duration, Duration)) -> Duration| pairs.iter().map(of).min();
+    let both = (smallest(|pair| pair.0), smallest(|pair| pair.1));
+    if let (Some(median), (Some(plain), Some(kernels))) = (ratios.get(ratios.len() / 2), both) {
+        println!(
+            "{name}: {} pairs, median ratio {median:.2}; smallest times {plain:.1?} and {kernels:.1?}, ratio {:.2}",
+            pairs.len(),
+            ratio(&(plain, kernels))
+        );
+    }
 }
 
 fn steps(criterion: &mut Criterion) {
