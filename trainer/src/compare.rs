@@ -197,9 +197,10 @@ pub struct Trial {
     pub seed: u64,
     /// Mean reward of each step's policies, on a validation mini-batch each.
     pub rewards: Vec<f64>,
-    /// Mean accuracy of the policies sampled in the end, on the validation images.
+    /// Mean reward of the policies sampled in the end, on the validation images: accuracy less what
+    /// the settings have policies pay.
     pub mean: f64,
-    /// The best of them.
+    /// Reward of the best of them.
     pub best: f64,
     /// And its policy.
     pub policy: Policy,
@@ -278,11 +279,13 @@ fn try_one(
     let candidates = sampler.propose(search.samples, &mut own)?;
     let mut sum = 0.0;
     let choice = best(config, network, &candidates, images, |_, accuracy| sum += accuracy)?;
-    let (policy, best) = match choice {
+    let (policy, accuracy) = match choice {
         Some(choice) => (choice.policy, choice.validation.accuracy()),
         None => (config.silent(), 0.0),
     };
-    let mean = sum / candidates.len().max(1) as f64;
+    let best = accuracy - price(config, &policy)?;
+    let paid = candidates.iter().map(|policy| price(config, policy)).sum::<Result<f64, _>>()?;
+    let mean = (sum - paid) / candidates.len().max(1) as f64;
     Ok(Trial { sampler: name, seed: config.seed, rewards, mean, best, policy })
 }
 

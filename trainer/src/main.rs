@@ -189,12 +189,15 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
                 (&seeds, &mut bar),
             )?;
             bar.finish();
-            let mut text =
-                format!("{:<11} {:>5} {:>10} {:>10}\n", "sampler", "seed", "mean", "best");
+            let mut text = format!(
+                "{:<11} {:>5} {:>10} {:>10} {:>10}\n",
+                "sampler", "seed", "late", "mean", "best"
+            );
             for trial in &trials {
-                let (name, mean, best) =
-                    (trial.sampler.name(), 100.0 * trial.mean, 100.0 * trial.best);
-                text += &format!("{name:<11} {:>5} {mean:>8.2} % {best:>8.2} %\n", trial.seed);
+                let rewards = [trial.late(), trial.mean, trial.best];
+                let [late, mean, best] = rewards.map(|reward| format!("{:.2} %", 100.0 * reward));
+                let (name, seed) = (trial.sampler.name(), trial.seed);
+                text += &format!("{name:<11} {seed:>5} {late:>10} {mean:>10} {best:>10}\n");
             }
             text += &format!("{}\n", out.join("compare.html").display());
             say(cli.json, &json!(trials), &text)

@@ -74,7 +74,7 @@ fn head(title: &str) -> String {
 /// A page on what samplers did: rewards step by step, averaged over seeds, and what they found.
 pub(crate) fn comparison(trials: &[Trial]) -> Result<String, TrainError> {
     let mut html = head("Samplers on the same weights");
-    html.push_str("<table><tr><th>sampler</th><th>seeds</th><th>last tenth of the rewards</th><th>mean of the samples</th><th>best</th></tr>\n");
+    html.push_str("<table><tr><th>sampler</th><th>seeds</th><th>last tenth of the steps</th><th>mean of the samples</th><th>best of the samples</th></tr>\n");
     let mut curves = Vec::new();
     for sampler in SamplerName::ALL {
         let of = || trials.iter().filter(move |trial| trial.sampler == sampler);
@@ -93,7 +93,7 @@ pub(crate) fn comparison(trials: &[Trial]) -> Result<String, TrainError> {
         let curve: Vec<(f64, f64)> = (0..steps).map(step).collect();
         curves.push((sampler.name().to_owned(), smooth(&curve)));
     }
-    html.push_str("</table>\n<p class=\"note\">Accuracies on validation images, means over seeds; curves are running means over a twentieth of the steps.</p>\n");
+    html.push_str("</table>\n<p class=\"note\">Rewards, means over seeds: accuracy on validation images, less what the settings have policies pay. Steps see a mini-batch each, the samples at the end all images alike. Curves are running means over a twentieth of the steps.</p>\n");
     let chart = Chart { title: "", axes: ("step", "reward, %"), size: (940, 420), curves };
     Ok(html + &chart.draw()? + "</body></html>\n")
 }
