@@ -117,6 +117,15 @@ pub enum ConvError {
     },
 }
 
+/// A tensor added to a convolution.
+#[derive(Clone, Copy, Debug)]
+pub enum Addend<'a> {
+    /// Blocked, like the output without its halo.
+    Elements(&'a [f32]),
+    /// What the output, which must then be without halo, holds before it is written.
+    Output,
+}
+
 /// A convolution, ready to run.
 #[derive(Clone, Debug)]
 pub struct Conv {
@@ -396,14 +405,20 @@ impl Conv {
     pub fn run(
         &self,
         input: &[f32],
-        addends: &[&[f32]],
+        addends: &[Addend<'_>],
         output: &mut [f32],
         workers: &dyn Workers,
     ) -> Result<(), ConvError> {
         expect("the input", input.len(), self.input_len())?;
         expect("the output", output.len(), self.output_len())?;
         for addend in addends {
-            expect("what is added", addend.len(), self.addend_len())?;
+            match addend {
+                Addend::Elements(from) => expect("what is added", from.len(), self.addend_len())?,
+                Addend::Output if self.spec.halo.is_none() => {}
+                Addend::Output => {
+                    return Err(ConvError::Spec("an output with a halo cannot be added to"));
+                }
+            }
         }
         if addends.len() > 2 {
             return Err(ConvError::Spec("more than two tensors are to be added"));
@@ -489,7 +504,7 @@ impl Conv {
     fn convolve(
         &self,
         input: &[f32],
-        addends: &[&[f32]],
+        addends: &[Addend<'_>],
         output: &mut [f32],
         workers: &dyn Workers,
     ) {
@@ -510,7 +525,7 @@ impl Conv {
     fn rows(
         &self,
         input: &[f32],
-        addends: &[&[f32]],
+        addends: &[Addend<'_>],
         output: Shared,
         rows: std::ops::Range<usize>,
     ) {
@@ -538,7 +553,10 @@ impl Conv {
             let addend_at = block * addend_plane + y * width * lanes;
             let mut added = [std::ptr::null(); 2];
             for (added, addend) in added.iter_mut().zip(addends) {
-                *added = addend[addend_at..].as_ptr();
+                *added = match addend {
+                    Addend::Elements(from) => from[addend_at..].as_ptr(),
+                    Addend::Output => output.at(addend_at),
+                };
             }
             for piece in self.pieces.iter().filter(|piece| piece.depth == tile.depth) {
                 let add = |from: *const f32| match from.is_null() {
@@ -573,7 +591,7 @@ impl Conv {
 
 /// Memory that several tasks write, each its own part.
 #[derive(Clone, Copy)]
-struct Shared(*mut f32);
+pub(super) struct Shared(pub(super) *mut f32);
 
 // SAFETY: tasks write disjoint parts, and the memory outlives them: `Workers::run` returns when all
 // are done.
@@ -582,7 +600,7 @@ unsafe impl Send for Shared {}
 unsafe impl Sync for Shared {}
 
 impl Shared {
-    fn at(self, offset: usize) -> *mut f32 {
+    pub(super) fn at(self, offset: usize) -> *mut f32 {
         self.0.wrapping_add(offset)
     }
 }

@@ -10,6 +10,12 @@
 
 #![allow(clippy::needless_range_loop, reason = "register arrays are indexed together")]
 
+use half::f16;
+use half::slice::HalfFloatSliceExt as _;
+
+/// Most lanes of any instruction set.
+pub(crate) const WIDEST: usize = 16;
+
 /// A vector of `WIDTH` f32, and what the kernels do with it.
 pub(crate) trait Lanes: Copy + 'static {
     /// The vector.
@@ -70,6 +76,42 @@ pub(crate) trait Lanes: Copy + 'static {
     /// # Safety
     /// `from` is valid for reading `WIDTH` numbers, each below `WIDTH`.
     unsafe fn permute(v: Self::V, from: *const i32) -> Self::V;
+
+    /// Lane `l` of vector `r` becomes lane `r` of vector `l`, for the first `WIDTH` vectors.
+    ///
+    /// # Safety
+    /// The machine has the instruction set.
+    unsafe fn transpose(rows: &mut [Self::V; WIDEST]);
+
+    /// Reads a vector of halves, widened.
+    ///
+    /// # Safety
+    /// `from` is valid for reading `WIDTH` elements.
+    #[inline(always)]
+    unsafe fn load_half(from: *const f16) -> Self::V {
+        let mut wide = [0.0; WIDEST];
+        // SAFETY: the caller's promise; `wide` holds a vector.
+        unsafe {
+            let halves = std::slice::from_raw_parts(from, Self::WIDTH);
+            halves.convert_to_f32_slice(&mut wide[..Self::WIDTH]);
+            Self::load(wide.as_ptr())
+        }
+    }
+
+    /// Writes a vector as halves, rounded to nearest even.
+    ///
+    /// # Safety
+    /// `to` is valid for writing `WIDTH` elements.
+    #[inline(always)]
+    unsafe fn store_half(to: *mut f16, v: Self::V) {
+        let mut wide = [0.0; WIDEST];
+        // SAFETY: the caller's promise; `wide` holds a vector.
+        unsafe {
+            Self::store(wide.as_mut_ptr(), v);
+            let halves = std::slice::from_raw_parts_mut(to, Self::WIDTH);
+            halves.convert_from_f32_slice(&wide[..Self::WIDTH]);
+        }
+    }
 }
 
 /// Eight lanes in plain Rust: what every machine can do.
@@ -146,6 +188,15 @@ impl Lanes for Plain {
         }
         out
     }
+
+    #[inline(always)]
+    unsafe fn transpose(rows: &mut [[f32; 8]; WIDEST]) {
+        for r in 0..8 {
+            for l in 0..r {
+                (rows[r][l], rows[l][r]) = (rows[l][r], rows[r][l]);
+            }
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -155,7 +206,9 @@ pub(crate) use x86::{Avx2, Avx512};
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::Lanes;
+    use half::f16;
+
+    use super::{Lanes, WIDEST};
 
     /// Sixteen lanes of AVX-512F.
     #[derive(Clone, Copy, Debug)]
@@ -220,6 +273,54 @@ mod x86 {
             // SAFETY: see above.
             unsafe { _mm512_permutexvar_ps(_mm512_loadu_si512(from.cast()), v) }
         }
+
+        #[inline(always)]
+        unsafe fn transpose(rows: &mut [__m512; WIDEST]) {
+            // SAFETY: see above.
+            unsafe {
+                let mut quads = *rows;
+                for at in (0..16).step_by(4) {
+                    let [a, b, c, d] = [rows[at], rows[at + 1], rows[at + 2], rows[at + 3]];
+                    let pairs = [
+                        _mm512_castps_pd(_mm512_unpacklo_ps(a, b)),
+                        _mm512_castps_pd(_mm512_unpackhi_ps(a, b)),
+                        _mm512_castps_pd(_mm512_unpacklo_ps(c, d)),
+                        _mm512_castps_pd(_mm512_unpackhi_ps(c, d)),
+                    ];
+                    // Quarter `q` of `quads[at + k]`: lane `4 q + k` of the four rows.
+                    quads[at] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[0], pairs[2]));
+                    quads[at + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[0], pairs[2]));
+                    quads[at + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[1], pairs[3]));
+                    quads[at + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[1], pairs[3]));
+                }
+                for k in 0..4 {
+                    let [a, b, c, d] = [quads[k], quads[4 + k], quads[8 + k], quads[12 + k]];
+                    let even = _mm512_shuffle_f32x4::<0x88>(a, b);
+                    let odd = _mm512_shuffle_f32x4::<0xdd>(a, b);
+                    let more_even = _mm512_shuffle_f32x4::<0x88>(c, d);
+                    let more_odd = _mm512_shuffle_f32x4::<0xdd>(c, d);
+                    rows[k] = _mm512_shuffle_f32x4::<0x88>(even, more_even);
+                    rows[4 + k] = _mm512_shuffle_f32x4::<0x88>(odd, more_odd);
+                    rows[8 + k] = _mm512_shuffle_f32x4::<0xdd>(even, more_even);
+                    rows[12 + k] = _mm512_shuffle_f32x4::<0xdd>(odd, more_odd);
+                }
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn load_half(from: *const f16) -> __m512 {
+            // SAFETY: see above.
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+        }
+
+        #[inline(always)]
+        unsafe fn store_half(to: *mut f16, v: __m512) {
+            // SAFETY: see above.
+            unsafe {
+                let halves = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v);
+                _mm256_storeu_si256(to.cast(), halves);
+            }
+        }
     }
 
     /// Eight lanes of AVX2 with FMA.
@@ -283,6 +384,47 @@ mod x86 {
             // SAFETY: see above.
             unsafe { _mm256_permutevar8x32_ps(v, _mm256_loadu_si256(from.cast())) }
         }
+
+        #[inline(always)]
+        unsafe fn transpose(rows: &mut [__m256; WIDEST]) {
+            // SAFETY: see above.
+            unsafe {
+                let mut quads = *rows;
+                for at in (0..8).step_by(4) {
+                    let [a, b, c, d] = [rows[at], rows[at + 1], rows[at + 2], rows[at + 3]];
+                    let pairs = [
+                        _mm256_castps_pd(_mm256_unpacklo_ps(a, b)),
+                        _mm256_castps_pd(_mm256_unpackhi_ps(a, b)),
+                        _mm256_castps_pd(_mm256_unpacklo_ps(c, d)),
+                        _mm256_castps_pd(_mm256_unpackhi_ps(c, d)),
+                    ];
+                    // Half `h` of `quads[at + k]`: lane `4 h + k` of the four rows.
+                    quads[at] = _mm256_castpd_ps(_mm256_unpacklo_pd(pairs[0], pairs[2]));
+                    quads[at + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(pairs[0], pairs[2]));
+                    quads[at + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(pairs[1], pairs[3]));
+                    quads[at + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(pairs[1], pairs[3]));
+                }
+                for k in 0..4 {
+                    rows[k] = _mm256_permute2f128_ps::<0x20>(quads[k], quads[4 + k]);
+                    rows[4 + k] = _mm256_permute2f128_ps::<0x31>(quads[k], quads[4 + k]);
+                }
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn load_half(from: *const f16) -> __m256 {
+            // SAFETY: see above.
+            unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+        }
+
+        #[inline(always)]
+        unsafe fn store_half(to: *mut f16, v: __m256) {
+            // SAFETY: see above.
+            unsafe {
+                let halves = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v);
+                _mm_storeu_si128(to.cast(), halves);
+            }
+        }
     }
 }
 
@@ -293,7 +435,7 @@ pub(crate) use arm::Neon;
 mod arm {
     use std::arch::aarch64::*;
 
-    use super::Lanes;
+    use super::{Lanes, WIDEST};
 
     /// Eight lanes in two NEON registers.
     #[derive(Clone, Copy, Debug)]
@@ -368,6 +510,48 @@ mod arm {
                 }
                 Self::load(out.as_ptr())
             }
+        }
+
+        #[inline(always)]
+        unsafe fn transpose(rows: &mut [float32x4x2_t; WIDEST]) {
+            // SAFETY: see above.
+            unsafe {
+                let from = *rows;
+                for at in [0, 4] {
+                    let low = quads([0, 1, 2, 3].map(|r| from[at + r].0));
+                    let high = quads([0, 1, 2, 3].map(|r| from[at + r].1));
+                    for k in 0..4 {
+                        if at == 0 {
+                            (rows[k].0, rows[4 + k].0) = (low[k], high[k]);
+                        } else {
+                            (rows[k].1, rows[4 + k].1) = (low[k], high[k]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Four vectors of four, transposed.
+    ///
+    /// # Safety
+    /// None: NEON is part of the machine.
+    #[inline(always)]
+    unsafe fn quads([a, b, c, d]: [float32x4_t; 4]) -> [float32x4_t; 4] {
+        // SAFETY: see above.
+        unsafe {
+            let pairs = [
+                vreinterpretq_f64_f32(vtrn1q_f32(a, b)),
+                vreinterpretq_f64_f32(vtrn2q_f32(a, b)),
+                vreinterpretq_f64_f32(vtrn1q_f32(c, d)),
+                vreinterpretq_f64_f32(vtrn2q_f32(c, d)),
+            ];
+            [
+                vreinterpretq_f32_f64(vtrn1q_f64(pairs[0], pairs[2])),
+                vreinterpretq_f32_f64(vtrn1q_f64(pairs[1], pairs[3])),
+                vreinterpretq_f32_f64(vtrn2q_f64(pairs[0], pairs[2])),
+                vreinterpretq_f32_f64(vtrn2q_f64(pairs[1], pairs[3])),
+            ]
         }
     }
 }

@@ -5,7 +5,8 @@
 //! hold anything and are never read. A *planar* one is the ordinary `[batch, channels, height, width]`.
 //!
 //! [`Conv`] packs weights once and computes a convolution with its bias, up to two tensors to add, and
-//! an activation; [`layout`] turns planar into blocked and back, to and from f16 where asked.
+//! an activation; [`Sum`] adds planar and blocked tensors and activates what comes of it; [`layout`] turns
+//! planar into blocked and back, to and from f16 where asked.
 //! Everything here is safe to call: sizes are checked before a kernel runs, and an [`Isa`] can only be had where the
 //! machine has its instructions. The kernels inside are the crate's only unsafe code.
 
@@ -16,6 +17,7 @@
 
 pub mod conv;
 pub mod layout;
+pub mod sum;
 
 mod lanes;
 mod peak;
@@ -23,17 +25,19 @@ mod strip;
 mod table;
 #[cfg(test)]
 mod tests;
+mod turn;
 
-pub use conv::{Conv, ConvError, ConvSpec, Halo};
-pub use layout::{Planar, block, unblock};
+pub use conv::{Addend, Conv, ConvError, ConvSpec, Halo};
+pub use layout::{Planar, PlanarMut, block, unblock};
 pub use peak::fma_loop;
+pub use sum::{MOST_TERMS, Sum, SumSpec, Term};
 
 /// An instruction set that kernels exist for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Isa {
     /// AVX-512F: 16 channels a block.
     Avx512,
-    /// AVX2 and FMA: 8 channels a block.
+    /// AVX2, FMA and F16C: 8 channels a block.
     Avx2,
     /// NEON: 8 channels a block, in pairs of registers.
     Neon,
@@ -56,7 +60,11 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => is_x86_feature_detected!("avx512f"),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Isa::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
             Isa::Neon => cfg!(target_arch = "aarch64"),
             Isa::Plain => true,
             #[cfg(not(target_arch = "x86_64"))]
@@ -98,6 +106,11 @@ pub trait Workers: Sync {
 
     /// Does tasks 0 … `tasks − 1`, each once, and returns when all are done.
     fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync));
+
+    /// Does `whole`, which may call [`Workers::run`] many times, where that costs least.
+    fn within(&self, whole: &mut (dyn FnMut() + Send)) {
+        whole();
+    }
 }
 
 /// The caller's own thread.

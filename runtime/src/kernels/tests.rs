@@ -81,12 +81,32 @@ impl Workers for Two {
     }
 }
 
+/// The definition of a blocked tensor; lanes beyond the last channel are no numbers.
 fn blocks(planar: &[f32], channels: usize, pixels: usize, lanes: usize) -> Aligned {
     let batch = planar.len() / (channels * pixels);
     let mut to = Aligned::zeros(batch * channels.next_multiple_of(lanes) * pixels);
-    let sizes = [batch, channels, pixels];
-    block(Planar::F32(planar), sizes, to.as_mut_slice(), lanes).unwrap();
+    for (at, to) in to.as_mut_slice().iter_mut().enumerate() {
+        let (lane, pixel, block) = (at % lanes, at / lanes % pixels, at / lanes / pixels);
+        let blocks = channels.div_ceil(lanes);
+        let (image, channel) = (block / blocks, block % blocks * lanes + lane);
+        *to = match channel < channels {
+            true => planar[(image * channels + channel) * pixels + pixel],
+            false => f32::NAN,
+        };
+    }
     to
+}
+
+/// And back.
+fn planes(blocked: &[f32], channels: usize, pixels: usize, lanes: usize) -> Vec<f32> {
+    let blocks = channels.div_ceil(lanes);
+    let batch = blocked.len() / (blocks * pixels * lanes);
+    let element = |at: usize| {
+        let (pixel, channel, image) = (at % pixels, at / pixels % channels, at / pixels / channels);
+        let block = image * blocks + channel / lanes;
+        blocked[(block * pixels + pixel) * lanes + channel % lanes]
+    };
+    (0..batch * channels * pixels).map(element).collect()
 }
 
 /// Planar images with zeros around them.
@@ -122,37 +142,39 @@ fn run(spec: ConvSpec, isa: Isa, workers: &dyn Workers, addends: usize) -> (Vec<
     if !spec.planar {
         let pixels = spec.margin.around(spec.image).iter().product();
         input = blocks(&x, spec.input, pixels, lanes);
-        // Lanes beyond the last channel are never read.
-        for (at, x) in input.as_mut_slice().iter_mut().enumerate() {
-            let channel = at / (pixels * lanes) % spec.input.div_ceil(lanes) * lanes + at % lanes;
-            if channel >= spec.input {
-                *x = f32::NAN;
-            }
-        }
     }
     let added: Vec<Aligned> =
         added.iter().map(|added| blocks(added, spec.output, height * width, lanes)).collect();
-    let added: Vec<&[f32]> = added.iter().map(Aligned::as_slice).collect();
+    let mut addends: Vec<Addend<'_>> =
+        added.iter().map(|added| Addend::Elements(added.as_slice())).collect();
     let mut output = Aligned::zeros(conv.output_len());
     output.as_mut_slice().fill(7.0);
-    conv.run(input.as_slice(), &added, output.as_mut_slice(), workers).unwrap();
-
+    if let (Some(first), true) = (addends.first_mut(), spec.halo.is_none()) {
+        // The first lies where the result will.
+        output.as_mut_slice().copy_from_slice(added[0].as_slice());
+        *first = Addend::Output;
+    }
+    conv.run(input.as_slice(), &addends, output.as_mut_slice(), workers).unwrap();
     let [tall, wide] = spec.halo.around([height, width]);
-    let mut stored = vec![0.0; spec.batch * spec.output * tall * wide];
-    let sizes = [spec.batch, spec.output, tall * wide];
-    unblock(output.as_slice(), 0, sizes, &mut stored, lanes).unwrap();
+    let stored = planes(output.as_slice(), spec.output, tall * wide, lanes);
+    (without(&stored, [height, width], spec.halo), expected)
+}
+
+/// Planar images without their halo, all of which must be 7.
+fn without(stored: &[f32], [height, width]: [usize; 2], halo: Halo) -> Vec<f32> {
+    let [tall, wide] = halo.around([height, width]);
     let mut found = Vec::new();
     for (at, &x) in stored.iter().enumerate() {
         let (row, column) = (at / wide % tall, at % wide);
-        let inside = (spec.halo.top..spec.halo.top + height).contains(&row)
-            && (spec.halo.left..spec.halo.left + width).contains(&column);
+        let inside = (halo.top..halo.top + height).contains(&row)
+            && (halo.left..halo.left + width).contains(&column);
         if inside {
             found.push(x);
         } else {
             assert_eq!(x, 7.0, "halo at row {row}, column {column}");
         }
     }
-    (found, expected)
+    found
 }
 
 fn check(spec: ConvSpec, workers: &dyn Workers, addends: usize) {
@@ -243,33 +265,116 @@ proptest! {
     }
 
     #[test]
-    fn blocked_and_back_is_the_same(
-        (batch, channels, pixels) in (1..3usize, 1..40usize, 1..200usize),
-        (first, lanes) in (0..40usize, prop_oneof![Just(8usize), Just(16)]),
+    fn turning_is_what_its_definition_says(
+        (batch, channels, pixels) in (1..3usize, 1..70usize, 1..200usize),
+        (first, taken, more) in (0..70usize, 1..70usize, 0..20usize),
     ) {
         let x = numbers(9, batch * channels * pixels);
-        let blocked = blocks(&x, channels, pixels, lanes);
+        let halves: Vec<f16> = x.iter().map(|&x| f16::from_f32(x)).collect();
         let first = first % channels;
-        let taken = channels - first;
-        let mut back = vec![0.0; batch * taken * pixels];
-        unblock(blocked.as_slice(), first, [batch, taken, pixels], &mut back, lanes).unwrap();
-        let expected: Vec<f32> = x
-            .chunks_exact(channels * pixels)
-            .flat_map(|image| image[first * pixels..].to_vec())
+        let taken = taken.min(channels - first);
+        let part = |x: &[f32]| -> Vec<f32> {
+            let images = x.chunks_exact(channels * pixels);
+            images.flat_map(|x| x[first * pixels..][..taken * pixels].to_vec()).collect()
+        };
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            let lanes = isa.lanes();
+            let blocked = blocks(&x, channels, pixels, lanes);
+            let sizes = [batch, taken, pixels];
+            let mut back = vec![0.0; batch * taken * pixels];
+            unblock(blocked.as_slice(), first, sizes, PlanarMut::F32(&mut back), isa).unwrap();
+            prop_assert_eq!(&back, &part(&x));
+            let mut rounded = vec![f16::ONE; back.len()];
+            unblock(blocked.as_slice(), first, sizes, PlanarMut::F16(&mut rounded), isa).unwrap();
+            let expected: Vec<f16> = back.iter().map(|&x| f16::from_f32(x)).collect();
+            prop_assert_eq!(&rounded, &expected);
+
+            // More channels than there are become zero, and so do the lanes behind them.
+            let all = (channels + more).next_multiple_of(lanes);
+            let mut to = Aligned::zeros(batch * all * pixels);
+            for (from, exact) in [(Planar::F32(&x), true), (Planar::F16(&halves), false)] {
+                to.as_mut_slice().fill(f32::NAN);
+                block(from, [batch, channels, pixels], to.as_mut_slice(), isa).unwrap();
+                let back = planes(to.as_slice(), all, pixels, lanes);
+                for (at, &found) in back.iter().enumerate() {
+                    let (image, channel) = (at / pixels / all, at / pixels % all);
+                    let from = (image * channels + channel) * pixels + at % pixels;
+                    let expected = match (channel < channels, exact) {
+                        (false, _) => 0.0,
+                        (true, true) => x[from],
+                        (true, false) => halves[from].to_f32(),
+                    };
+                    prop_assert_eq!(found, expected);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_sum_is_what_its_definition_says(
+        (batch, channels, image) in (1..3usize, 1..70usize, [1..20usize, 1..40usize]),
+        (halo, activation) in (prop_oneof![Just(Halo::default()), halo(2)], activation()),
+        kinds in prop::collection::vec((0..4usize, 0..70usize), 1..=MOST_TERMS),
+    ) {
+        let pixels = image[0] * image[1];
+        let spec = SumSpec { batch, channels, image, halo, activation };
+        // For each term its channels, those behind them zero.
+        let mut terms: Vec<(usize, usize, Vec<f32>)> = Vec::new();
+        for (at, &(kind, fewer)) in kinds.iter().enumerate() {
+            let own = if kind < 2 { channels } else { channels.saturating_sub(fewer) };
+            let mut x = numbers(at as u64, batch * channels * pixels);
+            for (at, x) in x.iter_mut().enumerate() {
+                let lost = at / pixels % channels >= own;
+                *x = if lost { 0.0 } else { f16::from_f32(*x).to_f32() };
+            }
+            terms.push((kind, own, x));
+        }
+        let expected: Vec<f32> = (0..batch * channels * pixels)
+            .map(|at| {
+                let sum = terms[1..].iter().fold(terms[0].2[at], |sum, term| sum + term.2[at]);
+                activated(activation, sum)
+            })
             .collect();
-        prop_assert_eq!(&back, &expected);
-
-        let mut halves = vec![f16::ZERO; back.len()];
-        unblock(blocked.as_slice(), first, [batch, taken, pixels], &mut halves, lanes).unwrap();
-        let rounded: Vec<f16> = expected.iter().map(|&x| f16::from_f32(x)).collect();
-        prop_assert_eq!(&halves, &rounded);
-
-        let mut wide = Aligned::zeros(batch * taken.next_multiple_of(lanes) * pixels);
-        let sizes = [batch, taken, pixels];
-        block(Planar::F16(&halves), sizes, wide.as_mut_slice(), lanes).unwrap();
-        unblock(wide.as_slice(), 0, sizes, &mut back, lanes).unwrap();
-        let widened: Vec<f32> = rounded.iter().map(|x| x.to_f32()).collect();
-        prop_assert_eq!(&back, &widened);
+        let own = |(_, own, x): &(usize, usize, Vec<f32>)| -> Vec<f32> {
+            let images = x.chunks_exact(channels * pixels);
+            images.flat_map(|image| image[..own * pixels].to_vec()).collect()
+        };
+        let planar: Vec<Vec<f32>> = terms.iter().map(own).collect();
+        let halves: Vec<Vec<f16>> = planar
+            .iter()
+            .map(|x| x.iter().map(|&x| f16::from_f32(x)).collect())
+            .collect();
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            let lanes = isa.lanes();
+            let sum = Sum::new(spec, isa).unwrap();
+            let mut output = Aligned::zeros(sum.output_len());
+            output.as_mut_slice().fill(7.0);
+            let blocked: Vec<Aligned> =
+                terms.iter().map(|term| blocks(&term.2, channels, pixels, lanes)).collect();
+            let mut in_place = halo.is_none();
+            let mut given = Vec::new();
+            for (at, &(kind, channels, _)) in terms.iter().enumerate() {
+                given.push(match kind {
+                    0 if in_place => {
+                        output.as_mut_slice().copy_from_slice(blocked[at].as_slice());
+                        in_place = false;
+                        Term::Result
+                    }
+                    0 | 1 => Term::Blocked(blocked[at].as_slice()),
+                    2 => Term::Planar { elements: Planar::F32(&planar[at]), channels },
+                    _ => Term::Planar { elements: Planar::F16(&halves[at]), channels },
+                });
+            }
+            sum.run(&given, output.as_mut_slice(), &Two).unwrap();
+            let stored = halo.around(image).iter().product();
+            let found = planes(output.as_slice(), channels, stored, lanes);
+            let found = without(&found, image, halo);
+            prop_assert_eq!(found.len(), expected.len());
+            for (found, expected) in found.iter().zip(&expected) {
+                let most = 1e-6 * expected.abs().max(1.0);
+                prop_assert!((found - expected).abs() <= most, "{isa:?}: {found}, {expected}");
+            }
+        }
     }
 }
 
@@ -305,11 +410,14 @@ fn every_tile_of_every_width() {
 #[test]
 fn halves_are_rounded_to_nearest_even() {
     // 1 + 2⁻¹¹ lies between two halves and goes to the even one below, 1 + 3 · 2⁻¹¹ to the one above.
-    let mut x = Aligned::zeros(8);
-    x.as_mut_slice()[..2].copy_from_slice(&[1.0 + 0.000_488_281_25, 1.0 + 3.0 * 0.000_488_281_25]);
-    let mut halves = [f16::ZERO; 2];
-    unblock(x.as_slice(), 0, [1, 2, 1], &mut halves, 8).unwrap();
-    assert_eq!(halves.map(f16::to_bits), [0x3c00, 0x3c02]);
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        let mut x = Aligned::zeros(isa.lanes());
+        let ties = [1.0 + 0.000_488_281_25, 1.0 + 3.0 * 0.000_488_281_25];
+        x.as_mut_slice()[..2].copy_from_slice(&ties);
+        let mut halves = [f16::ZERO; 2];
+        unblock(x.as_slice(), 0, [1, 2, 1], PlanarMut::F16(&mut halves), isa).unwrap();
+        assert_eq!(halves.map(f16::to_bits), [0x3c00, 0x3c02]);
+    }
 }
 
 #[test]
