@@ -3,9 +3,10 @@
 //! [`hold`] goes through a typed model before tract declutters it and keeps tract from rewriting
 //! convolutions into products. [`fuse`] takes the decluttered model and gives the same computation in
 //! which a convolution, its bias and scale, up to two tensors added to it and its activation are one
-//! op on blocked tensors (see [`crate::kernels`]), and in which tensors are turned from planar to
-//! blocked and back only where an op without a blocked form needs it. What the kernels don't cover is
-//! given back to tract.
+//! computation on blocked tensors (see [`crate::kernels`]), so are other sums of tensors and their
+//! activation, and in which tensors are turned from planar to blocked and back only where an op
+//! without a blocked form needs it. Computations that follow each other are one op of tract's. What
+//! the kernels don't cover is given back to tract.
 //!
 //! A blocked tensor is an f32 one of shape `[batch, blocks, height, width, lanes]`. Results differ from
 //! tract's by the order of additions only; casts to f16 round to nearest even, as tract's do.
@@ -17,6 +18,8 @@ mod held;
 mod memory;
 mod ops;
 mod rules;
+mod run;
+mod sum;
 #[cfg(test)]
 mod tests;
 
@@ -27,7 +30,7 @@ use tract_onnx::tract_core::internal::TractErrorContext as _;
 
 use self::builder::Builder;
 pub(crate) use self::held::hold;
-pub(crate) use self::memory::Memory;
+pub(crate) use self::memory::{Memory, Results};
 use crate::kernels::{Isa, Workers};
 
 /// How a model is fused.

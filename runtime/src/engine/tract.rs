@@ -3,7 +3,8 @@
 //! Takes segments as ONNX models; gives plans that tract has optimised for their fixed shapes, after
 //! [`crate::fuse`] has put the crate's convolutions in. [`TractEngine::stock`] leaves tract its own. A
 //! tensor that stays on the node is passed from plan to plan without a copy, blocked if that is how
-//! it is computed with; what is read and written is planar.
+//! it is computed with, until its last reader has had it; what is read and written is planar. Memory goes
+//! from request to request.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -16,14 +17,14 @@ use rayon::iter::{IntoParallelIterator as _, ParallelIterator as _};
 use snn_schemas::{Codec, Dtype};
 use tract_linalg::multithread::Executor as Threads;
 use tract_onnx::prelude::*;
-use tract_onnx::tract_core::internal::{TractErrorContext as _, bail};
+use tract_onnx::tract_core::internal::TractErrorContext as _;
 use tract_onnx::tract_core::plan::SimpleState;
 use tract_onnx::tract_core::runtime::RunOptions;
 
 use super::{Engine, EngineError, Executor, Job};
-use crate::fuse::{self, Edges, Fusion, Memory};
-use crate::kernels::{Alone, Isa, Planar, Workers, block, unblock};
-use crate::shard::{Program, Segment, Slot, Step};
+use crate::fuse::{self, Edges, Fusion, Memory, Results};
+use crate::kernels::{Alone, Isa, Workers};
+use crate::shard::{Program, Segment, Slot, SlotInfo, Step};
 
 type State = SimpleState<TypedFact, Box<dyn TypedOp>>;
 
@@ -69,6 +70,13 @@ impl TractEngine {
         TractEngine { options, fusion: None }
     }
 
+    /// The same with memory of its own: what it loads may then run on a thread of its own.
+    fn with_own_memory(&self) -> TractEngine {
+        let fusion = self.fusion.clone();
+        let fusion = fusion.map(|fusion| Fusion { memory: Memory::default(), ..fusion });
+        TractEngine { options: self.options.clone(), fusion }
+    }
+
     /// A segment's plan, and which of its outputs are blocked.
     fn plan(
         &self,
@@ -102,6 +110,10 @@ impl Workers for Pool {
     fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         self.0.install(|| (0..tasks).into_par_iter().for_each(task));
     }
+
+    fn within(&self, whole: &mut (dyn FnMut() + Send)) {
+        self.0.install(whole);
+    }
 }
 
 /// Slots that only segments write and read: they may hold blocked tensors.
@@ -122,7 +134,7 @@ fn private(program: &Program) -> BTreeSet<Slot> {
 impl Engine for TractEngine {
     fn load(&mut self, program: &Program) -> Result<Box<dyn Executor>, EngineError> {
         let mut segments = Vec::with_capacity(program.segments.len());
-        let private = private(program);
+        let (engine, private) = (self.with_own_memory(), private(program));
         let mut blocked: BTreeMap<Slot, usize> = BTreeMap::new();
         for (index, segment) in program.segments.iter().enumerate() {
             // tract may panic on a model that makes no sense; that is one more unusable model.
@@ -130,7 +142,7 @@ impl Engine for TractEngine {
                 segment.inputs.iter().map(|slot| blocked.get(slot).copied()).collect();
             let free: Vec<bool> =
                 segment.outputs.iter().map(|slot| private.contains(slot)).collect();
-            let guarded = std::panic::AssertUnwindSafe(|| self.plan(segment, &edges, &free));
+            let guarded = std::panic::AssertUnwindSafe(|| engine.plan(segment, &edges, &free));
             let (state, edges) = std::panic::catch_unwind(guarded)
                 .unwrap_or_else(|_| Err(TractError::msg("the model makes no sense")))
                 .map_err(|error| EngineError::Load { segment: index, reason: one_line(&error) })?;
@@ -141,8 +153,55 @@ impl Engine for TractEngine {
             segments.push(Plan { state, inputs, outputs });
         }
         check_edges(program, &segments)?;
-        let program = program.clone();
-        Ok(Box::new(TractExecutor { segments, program, blocked, jobs: vec![], free: vec![] }))
+        let (program, ends) = (program.clone(), Ends::of(program));
+        let memory = engine.fusion.map(|fusion| fusion.memory).unwrap_or_default();
+        let arriving = program.slots.iter().map(|info| arriving(info, &memory)).collect();
+        let (jobs, free) = (vec![], vec![]);
+        Ok(Box::new(TractExecutor { segments, program, ends, arriving, jobs, free }))
+    }
+}
+
+/// Where memory for a slot's tensor comes from, if its type and shape are known.
+fn arriving(info: &SlotInfo, memory: &Memory) -> Option<Results> {
+    let datum = match info.dtype? {
+        Dtype::F16 => f16::datum_type(),
+        _ => f32::datum_type(),
+    };
+    Some(memory.results(datum, info.shape.as_ref()?))
+}
+
+/// After what a slot's tensor is of no use any more. The model's inputs and outputs are until the
+/// request ends.
+struct Ends {
+    /// For each segment: what it is the last to read.
+    segments: Vec<Vec<Slot>>,
+    /// What is sent once, and then read by nobody.
+    sends: BTreeSet<Slot>,
+}
+
+impl Ends {
+    fn of(program: &Program) -> Ends {
+        let edges = program.inputs.iter().chain(&program.outputs);
+        let mut later: BTreeSet<Slot> = edges.copied().collect();
+        let mut ends =
+            Ends { segments: vec![vec![]; program.segments.len()], sends: BTreeSet::new() };
+        for step in program.steps.iter().rev() {
+            match step {
+                Step::Compute(segment) => {
+                    let inputs = program.segments[*segment].inputs.iter().copied();
+                    ends.segments[*segment].extend(inputs.filter(|&slot| later.insert(slot)));
+                }
+                Step::Send(crossing) if later.insert(crossing.slot) => {
+                    ends.sends.insert(crossing.slot);
+                }
+                // Sent more than once: it stays until the request ends.
+                Step::Send(crossing) => {
+                    ends.sends.remove(&crossing.slot);
+                }
+                Step::Receive(_) => {}
+            }
+        }
+        ends
     }
 }
 
@@ -182,8 +241,9 @@ fn check_edges(program: &Program, segments: &[Plan]) -> Result<(), EngineError> 
 struct TractExecutor {
     segments: Vec<Plan>,
     program: Program,
-    /// Slots that hold blocked tensors, and their channels.
-    blocked: BTreeMap<Slot, usize>,
+    ends: Ends,
+    /// Memory for what is written to each slot.
+    arriving: Vec<Option<Results>>,
     jobs: Vec<Vec<Option<TValue>>>,
     free: Vec<usize>,
 }
@@ -192,13 +252,6 @@ impl TractExecutor {
     fn wrong(&self, slot: Slot, reason: impl ToString) -> EngineError {
         let name = self.program.slot(slot).name.clone();
         EngineError::Tensor { name, reason: reason.to_string() }
-    }
-
-    /// The slot's tensor as others know it.
-    fn planar(&self, job: Job, slot: Slot) -> Result<TValue, EngineError> {
-        let value = self.value(job, slot)?;
-        let Some(&channels) = self.blocked.get(&slot) else { return Ok(value.clone()) };
-        from_blocks(value, channels).map_err(|error| self.wrong(slot, one_line(&error)))
     }
 
     fn value(&self, job: Job, slot: Slot) -> Result<&TValue, EngineError> {
@@ -232,20 +285,17 @@ impl Executor for TractExecutor {
         codec: Codec,
         payload: &[u8],
     ) -> Result<(), EngineError> {
-        let info = self.program.slot(slot);
-        let (Some(shape), Some(dtype)) = (&info.shape, info.dtype) else {
+        let (Some(shape), Some(memory)) = (&self.program.slot(slot).shape, &self.arriving[slot.0])
+        else {
             return Err(self.wrong(slot, "has no fixed shape"));
         };
-        let datum = if dtype == Dtype::F16 { f16::datum_type() } else { f32::datum_type() };
-        let mut tensor = Tensor::zero_dt(datum, shape).map_err(|error| self.wrong(slot, error))?;
-        decode(codec, payload, shape, &mut tensor).map_err(|reason| self.wrong(slot, reason))?;
-        if self.blocked.contains_key(&slot) {
-            let lanes = self.segments.iter().find_map(|plan| plan.fact_of(slot));
-            let fact = lanes.ok_or_else(|| self.wrong(slot, "is of no segment"))?;
-            tensor =
-                to_blocks(&tensor, &fact).map_err(|error| self.wrong(slot, one_line(&error)))?;
-        }
-        self.jobs[job.0][slot.0] = Some(tensor.into_tvalue());
+        let failed = |error: TractError| self.wrong(slot, one_line(&error));
+        let mut tensor = memory.take().map_err(failed)?;
+        let filled = Arc::get_mut(&mut tensor).context("memory is held elsewhere");
+        decode(codec, payload, shape, filled.map_err(failed)?)
+            .map_err(|reason| self.wrong(slot, reason))?;
+        let value = memory.give(tensor);
+        self.jobs[job.0][slot.0] = Some(value);
         Ok(())
     }
 
@@ -254,6 +304,9 @@ impl Executor for TractExecutor {
         let inputs = plan.inputs.iter().map(|&slot| self.value(job, slot).cloned());
         let inputs = inputs.collect::<Result<TVec<TValue>, EngineError>>()?;
         let failed = |error: TractError| EngineError::Compute { segment, reason: one_line(&error) };
+        for slot in &self.ends.segments[segment] {
+            self.jobs[job.0][slot.0] = None;
+        }
         let plan = &mut self.segments[segment];
         let outputs = plan.state.run(inputs).map_err(failed)?;
         for (&slot, value) in plan.outputs.iter().zip(outputs) {
@@ -263,8 +316,7 @@ impl Executor for TractExecutor {
     }
 
     fn read(&mut self, job: Job, slot: Slot, into: &mut BytesMut) -> Result<(), EngineError> {
-        let value = self.planar(job, slot)?;
-        into.extend_from_slice(value.as_bytes());
+        into.extend_from_slice(self.value(job, slot)?.as_bytes());
         Ok(())
     }
 
@@ -275,23 +327,27 @@ impl Executor for TractExecutor {
         codec: Codec,
         into: &mut BytesMut,
     ) -> Result<(), EngineError> {
-        let value = self.planar(job, slot)?;
-        if codec.largest().is_none() {
-            codec.put_elements(value.as_bytes(), into);
-            return Ok(());
+        let value = self.value(job, slot)?;
+        match codec.largest() {
+            None => codec.put_elements(value.as_bytes(), into),
+            Some(_) => {
+                let plain = value.try_as_plain_ram();
+                let numbers = plain
+                    .as_ref()
+                    .map_err(one_line)
+                    .and_then(|plain| plain.as_slice::<f32>().map_err(|error| one_line(&error)));
+                let numbers = numbers.map_err(|reason| self.wrong(slot, reason))?;
+                codec.put_numbers(numbers, Codec::run(value.shape()), into);
+            }
         }
-        let plain = value.try_as_plain_ram();
-        let numbers = plain
-            .as_ref()
-            .map_err(one_line)
-            .and_then(|plain| plain.as_slice::<f32>().map_err(|error| one_line(&error)));
-        let numbers = numbers.map_err(|reason| self.wrong(slot, reason))?;
-        codec.put_numbers(numbers, Codec::run(value.shape()), into);
+        if self.ends.sends.contains(&slot) {
+            self.jobs[job.0][slot.0] = None;
+        }
         Ok(())
     }
 
     fn shape(&self, job: Job, slot: Slot) -> Result<Vec<usize>, EngineError> {
-        Ok(self.planar(job, slot)?.shape().to_vec())
+        Ok(self.value(job, slot)?.shape().to_vec())
     }
 }
 
@@ -311,28 +367,6 @@ fn decode(
         }
     };
     done.map_err(|error| error.to_string())
-}
-
-fn from_blocks(blocked: &Tensor, channels: usize) -> TractResult<TValue> {
-    let &[batch, _, height, width, lanes] = blocked.shape() else { bail!("is not blocked") };
-    let mut planar = Tensor::zero::<f32>(&[batch, channels, height, width])?;
-    let from = blocked.try_as_plain_ram()?;
-    let mut to = planar.try_as_plain_ram_mut()?;
-    let sizes = [batch, channels, height * width];
-    unblock(from.as_slice::<f32>()?, 0, sizes, to.as_slice_mut::<f32>()?, lanes)?;
-    Ok(planar.into_tvalue())
-}
-
-fn to_blocks(planar: &Tensor, fact: &TypedFact) -> TractResult<Tensor> {
-    let &[batch, channels, height, width] = planar.shape() else { bail!("is not of rank 4") };
-    let shape = fact.shape.as_concrete().context("has no fixed shape")?;
-    let mut blocked = Tensor::zero::<f32>(shape)?;
-    let from = planar.try_as_plain_ram()?;
-    let mut to = blocked.try_as_plain_ram_mut()?;
-    let lanes = shape.last().copied().unwrap_or(1);
-    let sizes = [batch, channels, height * width];
-    block(Planar::F32(from.as_slice::<f32>()?), sizes, to.as_slice_mut::<f32>()?, lanes)?;
-    Ok(blocked)
 }
 
 /// tract's error and its causes on one line.

@@ -13,7 +13,9 @@ use tract_onnx::tract_core::ops::cast::Cast;
 use super::chain::Chain;
 use super::facts::concrete;
 use super::memory::Results;
-use super::ops::{Compute, Filling, ToBlocks, ToPlanes};
+use super::ops::{Compute, ToBlocks, ToPlanes};
+use super::run::{Run, join};
+use super::sum::Addition;
 use super::{Edges, Fusion};
 use crate::kernels::Halo;
 
@@ -39,10 +41,12 @@ pub(super) struct Builder<'a> {
     pub fusion: &'a Fusion,
     /// Chains by their last op.
     pub chains: HashMap<usize, Chain>,
-    /// Ops that a chain swallows.
+    /// Sums by their last op.
+    pub additions: HashMap<usize, Addition>,
+    /// Ops that a chain or a sum swallows.
     pub taken: HashSet<usize>,
-    /// Zeros around the outputs of chains.
-    halos: HashMap<OutletId, Halo>,
+    /// Zeros around the outputs of chains and sums.
+    pub halos: HashMap<OutletId, Halo>,
     new: TypedModel,
     places: HashMap<OutletId, Place>,
 }
@@ -54,6 +58,7 @@ impl<'a> Builder<'a> {
             old: model,
             fusion,
             chains: HashMap::new(),
+            additions: HashMap::new(),
             taken: HashSet::new(),
             halos: HashMap::new(),
             new: TypedModel { symbols: model.symbols.clone(), ..TypedModel::default() },
@@ -70,6 +75,15 @@ impl<'a> Builder<'a> {
             chain.extend(self.old, &self.taken);
             self.taken.extend(&chain.nodes);
             self.chains.insert(chain.last(), chain);
+        }
+        for &id in order {
+            if self.taken.contains(&id) {
+                continue;
+            }
+            let Some(mut addition) = Addition::at(self.old, self.old.node(id)) else { continue };
+            addition.extend(self.old, &self.taken);
+            self.taken.extend(&addition.nodes);
+            self.additions.insert(addition.last(), addition);
         }
     }
 
@@ -93,21 +107,22 @@ impl<'a> Builder<'a> {
     }
 
     /// Wires an op of this crate.
-    pub(super) fn fill<C: Compute>(
+    pub(super) fn fill(
         &mut self,
         name: &str,
-        compute: C,
+        compute: impl Compute + 'static,
         results: Results,
         inputs: &[OutletId],
     ) -> TractResult<OutletId> {
-        Ok(self.wire(name, Filling::new(compute, results), inputs)?[0])
+        let run = Run::one(self.fusion, compute, results, inputs.len());
+        Ok(self.wire(name, run, inputs)?[0])
     }
 
     /// An output that only convolutions read is stored with the zeros that they pad it with.
     fn find_halos(&mut self) {
         let pads: HashMap<usize, Halo> =
             self.chains.values().map(|chain| (chain.conv, chain.pads)).collect();
-        for &last in self.chains.keys() {
+        for &last in self.chains.keys().chain(self.additions.keys()) {
             let outlet = OutletId::new(last, 0);
             let readers = self.old.node(last).outputs[0].successors.iter();
             let pads = readers.map(|reader| pads.get(&reader.node).filter(|_| reader.slot == 0));
@@ -126,7 +141,7 @@ impl<'a> Builder<'a> {
 
     /// Blocked results for a tensor of the planar shape given.
     pub(super) fn results(&self, planar: &[usize]) -> Results {
-        Results::new(&self.fusion.memory, f32::datum_type(), &self.blocked_shape(planar))
+        self.fusion.memory.results(f32::datum_type(), &self.blocked_shape(planar))
     }
 
     /// Adds the model's inputs.
@@ -193,9 +208,10 @@ impl<'a> Builder<'a> {
     ) -> TractResult<OutletId> {
         let mut shape = self.shape(old)?;
         shape[1] = channels;
-        let results = Results::new(&self.fusion.memory, datum, &shape);
+        let results = self.fusion.memory.results(datum, &shape);
         let name = format!("{}.planes", self.old.node(old.node).name);
-        self.fill(&name, ToPlanes { first }, results, &[outlet])
+        let op = ToPlanes { first, sizes: sizes(&shape), isa: self.fusion.isa };
+        self.fill(&name, op, results, &[outlet])
     }
 
     /// The tensor in blocks, from channel 0 on.
@@ -221,7 +237,9 @@ impl<'a> Builder<'a> {
         let (from, channels) = self.unpadded(old)?;
         let from = self.planar(from)?;
         let results = self.results(&shape);
-        let outlet = self.fill(&name, ToBlocks { channels }, results, &[from])?;
+        let sizes = [shape[0], channels, shape[2] * shape[3]];
+        let op = ToBlocks { sizes, isa: self.fusion.isa };
+        let outlet = self.fill(&name, op, results, &[from])?;
         self.blocked_at(old, outlet, shape[1]);
         Ok(outlet)
     }
@@ -233,7 +251,7 @@ impl<'a> Builder<'a> {
 
     /// What turns into the same blocked tensor with less work: a tensor before its channels were
     /// padded with zeros, before it was cast from f16.
-    fn unpadded(&self, old: OutletId) -> TractResult<(OutletId, usize)> {
+    pub(super) fn unpadded(&self, old: OutletId) -> TractResult<(OutletId, usize)> {
         let mut at = old;
         let mut node = self.old.node(at.node);
         if node.op_as::<Pad>().is_some_and(pads_channels_behind) {
@@ -274,8 +292,13 @@ impl<'a> Builder<'a> {
         }
         self.new.select_output_outlets(&outputs)?;
         self.new.declutter()?;
-        Ok((self.new, edges))
+        Ok((join(&self.new, self.fusion)?, edges))
     }
+}
+
+/// Images, channels and pixels of a planar shape.
+fn sizes(planar: &[usize]) -> [usize; 3] {
+    [planar[0], planar[1], planar[2] * planar[3]]
 }
 
 /// Whether zeros are put behind the channels, and nowhere else.

@@ -147,35 +147,15 @@ impl Chain {
         if next.outputs[0].fact.datum_type != f32::datum_type() {
             return None;
         }
-        let is_linear = self.activation == Activation::None;
-        if let Some(op) = next.op_as::<ElementWiseOp>().filter(|_| is_linear) {
-            self.activation = match op.0.downcast_ref::<LeakyRelu>() {
-                Some(leaky) => Activation::Leaky { slope: leaky.alpha },
-                None if op.0.is::<HardSwish>() => Activation::HardSwish,
-                None => return None,
-            };
+        if let Some(activation) = activated(model, next, self.last(), self.activation) {
+            self.activation = activation;
             return Some(());
         }
         let op = &next.op_as::<TypedBinOp>()?.0;
         let slot = next.inputs.iter().position(|input| input.node != self.last())?;
         let other = next.inputs[slot];
         let fact = model.outlet_fact(other).ok()?;
-        let bound = scalar(fact);
-        if let (Some(low), true, true) = (bound, op.is::<Max>(), is_linear) {
-            self.activation = Activation::Clamp { low, high: f32::INFINITY };
-            return Some(());
-        }
-        if let (Some(bound), true) = (bound, op.is::<Min>()) {
-            self.activation = match self.activation {
-                Activation::None => Activation::Clamp { low: f32::NEG_INFINITY, high: bound },
-                Activation::Clamp { low, high: f32::INFINITY } if low <= bound => {
-                    Activation::Clamp { low, high: bound }
-                }
-                _ => return None,
-            };
-            return Some(());
-        }
-        if !is_linear {
+        if self.activation != Activation::None {
             return None;
         }
         let numbers = constant(fact, channels);
@@ -201,5 +181,36 @@ impl Chain {
             return Some(());
         }
         None
+    }
+}
+
+/// What becomes of `before`, the activation of the output of op `last`, if `next` applies another to
+/// it and both together are one.
+pub(super) fn activated(
+    model: &TypedModel,
+    next: &TypedNode,
+    last: usize,
+    before: Activation,
+) -> Option<Activation> {
+    if let Some(op) = next.op_as::<ElementWiseOp>().filter(|_| before == Activation::None) {
+        return match op.0.downcast_ref::<LeakyRelu>() {
+            Some(leaky) => Some(Activation::Leaky { slope: leaky.alpha }),
+            None => op.0.is::<HardSwish>().then_some(Activation::HardSwish),
+        };
+    }
+    let op = &next.op_as::<TypedBinOp>()?.0;
+    let other = next.inputs.iter().find(|input| input.node != last)?;
+    let bound = scalar(model.outlet_fact(*other).ok()?)?;
+    match before {
+        Activation::None if op.is::<Max>() => {
+            Some(Activation::Clamp { low: bound, high: f32::INFINITY })
+        }
+        Activation::None if op.is::<Min>() => {
+            Some(Activation::Clamp { low: f32::NEG_INFINITY, high: bound })
+        }
+        Activation::Clamp { low, high: f32::INFINITY } if op.is::<Min>() && low <= bound => {
+            Some(Activation::Clamp { low, high: bound })
+        }
+        _ => None,
     }
 }

@@ -17,9 +17,9 @@ use super::builder::{Blocked, Builder, Place};
 use super::chain::Chain;
 use super::facts::{concrete, constant, scalar};
 use super::held::Held;
-use super::memory::Results;
-use super::ops::{Fused, Scale, Sums};
-use crate::kernels::{Conv, ConvSpec};
+use super::ops::{Added, Fused, Scale, Sums};
+use super::sum::Addition;
+use crate::kernels::{Conv, ConvSpec, Sum, SumSpec};
 
 /// Channels up to which a planar input is convolved as it is: an image's colours.
 const FEW_CHANNELS: usize = 4;
@@ -27,14 +27,25 @@ const FEW_CHANNELS: usize = 4;
 impl Builder<'_> {
     /// Translates an op, whose inputs have been.
     pub(super) fn translate(&mut self, id: usize) -> TractResult<()> {
-        let node = self.old.node(id);
         if self.old.inputs.iter().any(|input| input.node == id) {
             return Ok(());
         }
         if let Some(chain) = self.chains.remove(&id) {
             return self.convolution(&chain);
         }
-        if self.taken.contains(&id) || self.slice(node)? || self.cast(node)? || self.concat(node)? {
+        if let Some(addition) = self.additions.remove(&id) {
+            return self.addition(&addition);
+        }
+        if self.taken.contains(&id) {
+            return Ok(());
+        }
+        self.alone(id)
+    }
+
+    /// Translates an op that nothing has swallowed.
+    fn alone(&mut self, id: usize) -> TractResult<()> {
+        let node = self.old.node(id);
+        if self.slice(node)? || self.cast(node)? || self.concat(node)? {
             return Ok(());
         }
         if self.element_wise(node)? || self.scale(node)? || self.sums(node)? {
@@ -85,14 +96,53 @@ impl Builder<'_> {
             activation: chain.activation,
         };
         let conv = Conv::new(spec, self.fusion.isa, &chain.weights, &chain.bias)?;
-        let op = Fused { conv: Arc::new(conv), workers: Arc::clone(&self.fusion.workers) };
+        let op = Fused { conv, workers: Arc::clone(&self.fusion.workers) };
         let mut shape = chain.shape.clone();
         let stored = halo.around([shape[2], shape[3]]);
         shape[2..].copy_from_slice(&stored);
-        let results = Results::within(&self.fusion.memory, halo, &self.blocked_shape(&shape));
+        let shape = self.blocked_shape(&shape);
+        let results = self.fusion.memory.results_within(f32::datum_type(), halo, &shape);
         let name = &self.old.node(last.node).name;
         let outlet = self.fill(name, op, results, &inputs)?;
         self.blocked_at(last, outlet, pools.output_channels);
+        Ok(())
+    }
+
+    /// Tensors that are added in one pass, whether they are blocked or planar; where all of them are
+    /// planar, tract adds them.
+    fn addition(&mut self, addition: &Addition) -> TractResult<()> {
+        let last = OutletId::new(addition.last(), 0);
+        if !addition.terms.iter().any(|&term| self.is_only_blocked(term)) {
+            self.halos.remove(&last);
+            return addition.nodes.iter().try_for_each(|&id| self.alone(id));
+        }
+        let (mut inputs, mut planar): (TVec<OutletId>, _) = (tvec![], vec![]);
+        for &term in &addition.terms {
+            if self.place(term).blocked.is_some() {
+                inputs.push(self.blocked(term)?);
+                planar.push(None);
+            } else {
+                let (from, channels) = self.unpadded(term)?;
+                inputs.push(self.planar(from)?);
+                planar.push(Some(channels));
+            }
+        }
+        let (mut shape, halo) = (addition.shape.clone(), self.halo(last));
+        let spec = SumSpec {
+            batch: shape[0],
+            channels: shape[1],
+            image: [shape[2], shape[3]],
+            halo,
+            activation: addition.activation,
+        };
+        let sum = Sum::new(spec, self.fusion.isa)?;
+        let workers = Arc::clone(&self.fusion.workers);
+        shape[2..].copy_from_slice(&halo.around(spec.image));
+        let shape = self.blocked_shape(&shape);
+        let results = self.fusion.memory.results_within(f32::datum_type(), halo, &shape);
+        let name = &self.old.node(last.node).name;
+        let outlet = self.fill(name, Added { sum, planar, workers }, results, &inputs)?;
+        self.blocked_at(last, outlet, spec.channels);
         Ok(())
     }
 
@@ -214,7 +264,8 @@ impl Builder<'_> {
             return Ok(false);
         }
         let inputs = [self.blocked(full)?, self.blocked(factors)?];
-        let outlet = self.fill(&node.name, Scale, self.results(&shape), &inputs)?;
+        let op = Scale { pixels: shape[2] * shape[3], lanes: self.lanes() };
+        let outlet = self.fill(&node.name, op, self.results(&shape), &inputs)?;
         self.blocked_at(node.id.into(), outlet, expected[1]);
         Ok(true)
     }
@@ -229,10 +280,11 @@ impl Builder<'_> {
         }
         let input = node.inputs[0];
         let shape = self.shape(input)?;
-        let &[batch, channels, _, _] = &*shape else { return Ok(false) };
+        let &[batch, channels, height, width] = &*shape else { return Ok(false) };
         let results = self.results(&[batch, channels, 1, 1]);
         let from = self.blocked(input)?;
-        let outlet = self.fill(&node.name, Sums, results, &[from])?;
+        let op = Sums { pixels: height * width, lanes: self.lanes() };
+        let outlet = self.fill(&node.name, op, results, &[from])?;
         self.blocked_at(node.id.into(), outlet, channels);
         Ok(true)
     }

@@ -223,7 +223,12 @@ fn ops(shard: &Shard) -> Vec<String> {
         model.declutter().unwrap();
         let (model, _) = fuse(&model, &fusion, &vec![], &[]).unwrap();
         let order = model.eval_order().unwrap();
-        names.extend(order.into_iter().map(|id| model.node(id).op.name().into_owned()));
+        for node in order.into_iter().map(|id| model.node(id)) {
+            match node.op_as::<run::Run>() {
+                Some(run) => names.extend(run.names().map(str::to_owned)),
+                None => names.push(node.op.name().into_owned()),
+            }
+        }
     }
     names
 }
