@@ -97,7 +97,10 @@ pub(super) fn single(mut outputs: Vec<Array>) -> Result<Array> {
 }
 
 /// What a model of these inputs and this metadata takes.
-pub(crate) fn input_spec(inputs: &[Port], metadata: &[(String, String)]) -> Result<InputSpec> {
+///
+/// # Errors
+/// The model has several inputs, or its normalisation is none.
+pub fn input_spec(inputs: &[Port], metadata: &[(String, String)]) -> Result<InputSpec> {
     let [input] = inputs else {
         bail!("the model has {} inputs, expected 1", inputs.len());
     };
@@ -110,7 +113,8 @@ fn entry<'a>(metadata: &'a [(String, String)], key: &str) -> Option<&'a str> {
     metadata.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
 }
 
-fn class_names(info: &ClusterInfo) -> Vec<String> {
+/// Names of the classes, in output order; none where the metadata has none.
+pub fn class_names(info: &ClusterInfo) -> Vec<String> {
     let names = entry(&info.metadata, CLASSES).unwrap_or_default();
     names.split(',').map(str::trim).filter(|name| !name.is_empty()).map(str::to_owned).collect()
 }

@@ -26,7 +26,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::terminal;
 use args::{Args, Mode};
-pub(crate) use infer::input_spec;
+pub use infer::{class_names, input_spec};
 
 /// The answer is no: `--check` found a difference.
 pub const EXIT_DIFFERENT: u8 = 1;
