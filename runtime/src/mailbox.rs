@@ -15,9 +15,12 @@
 //!   the request counts as degraded from then on, as it does once a frame says so.
 //! - **What is bounded.** At most [`MAX_REQUESTS`] requests are open; of each, every transfer is
 //!   kept once. So memory is bounded by the shard's own receives, whatever peers send.
+//! - **Who gives way.** Where a frame would open one more, the oldest request of which least has come
+//!   gives way to it: requests that a peer has made up never keep out those that are real.
 //! - **What is forgotten.** A request that has ended stays ended: late frames of the last
 //!   [`REMEMBERED`] requests open nothing.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -121,6 +124,8 @@ struct Open {
     deadline: Instant,
     inputs: Vec<Tensor>,
     arrived: HashMap<u32, Bytes>,
+    /// Frames that have come of it.
+    frames: usize,
     degraded: bool,
     end: Option<String>,
 }
@@ -187,11 +192,15 @@ impl Mailbox {
                 return Err(Refused::UnknownRequest);
             }
             let deadline = Instant::now() + within.min(MAX_WITHIN);
+            state.make_way();
             state.open(request, deadline, vec![])?;
         }
         if let Some(open) = state.open.get_mut(&request) {
             // A second copy of a tensor is the same tensor.
-            open.arrived.entry(transfer).or_insert(payload);
+            if let Entry::Vacant(place) = open.arrived.entry(transfer) {
+                place.insert(payload);
+                open.frames += 1;
+            }
             open.degraded |= degraded;
         }
         drop(state);
@@ -282,10 +291,22 @@ impl State {
         }
         let age = self.opened;
         self.opened += 1;
-        let (arrived, degraded, end) = (HashMap::new(), false, None);
-        self.open.insert(request, Open { age, deadline, inputs, arrived, degraded, end });
+        let (arrived, frames, degraded, end) = (HashMap::new(), 0, false, None);
+        self.open.insert(request, Open { age, deadline, inputs, arrived, frames, degraded, end });
         self.fresh.insert(age, request);
         Ok(())
+    }
+
+    /// Ends the oldest request of which least has come, where there is no room for another. The compute
+    /// thread finds it unknown.
+    fn make_way(&mut self) {
+        if self.open.len() < MAX_REQUESTS {
+            return;
+        }
+        let least = self.open.iter().min_by_key(|(_, open)| (open.frames, open.age));
+        if let Some((&request, _)) = least {
+            self.forget(request);
+        }
     }
 
     fn fresh_of(&self, request: u64) -> bool {
@@ -506,15 +527,27 @@ mod tests {
     }
 
     #[test]
-    fn requests_are_bounded_and_the_others_unharmed() {
+    fn requests_are_bounded_and_what_is_made_up_gives_way() {
         let mailbox = mailbox();
         for request in 0..MAX_REQUESTS as u64 {
             mailbox.post(frame(request, 3)).unwrap();
         }
-        assert_eq!(mailbox.post(frame(1000, 3)), Err(Refused::Full));
-        mailbox.post(frame(7, 5)).unwrap();
-        mailbox.done(0);
+        // Of request 0 more has come than of the others; a second copy is nothing more.
+        mailbox.post(frame(0, 5)).unwrap();
+        mailbox.post(frame(1, 3)).unwrap();
         mailbox.post(frame(1000, 3)).unwrap();
+        assert_eq!(mailbox.open_requests(), MAX_REQUESTS);
+        assert!(matches!(next(&mailbox, &[]), Next::Begin(begin) if begin.request == 0));
+        assert!(matches!(next(&mailbox, &[(1, Some(5))]), Next::Over(0, End::Cancelled(_))));
+        // It stays ended, and the new one is there.
+        mailbox.post(frame(1, 5)).unwrap();
+        mailbox.post(frame(1000, 5)).unwrap();
+        assert_eq!(mailbox.open_requests(), MAX_REQUESTS);
+        // Where requests begin nothing gives way: whoever asks is told.
+        let entry = Mailbox::new(&Program { inputs: vec![Slot(0)], ..program() });
+        let open = |request| entry.open(request, Instant::now() + MAX_WITHIN, vec![]);
+        (0..MAX_REQUESTS as u64).for_each(|request| open(request).unwrap());
+        assert_eq!(open(1000), Err(Refused::Full));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use snn_compiler::{Nodes, Split};
+use snn_runtime::mailbox::MAX_REQUESTS;
 use snn_runtime::membership::Role;
 use snn_runtime::transport::Transport as _;
 use snn_runtime::transport::zenoh::{Identity, Link, MAX_MESSAGE, Options, ZenohTransport};
@@ -177,4 +178,34 @@ async fn two_hundred_requests_survive_deaths_and_a_peer_that_sends_garbage() {
     };
     let (sent, ()) = tokio::join!(flood, asked);
     assert!(sent > 200, "{sent}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_a_peer_has_made_up_keep_no_other_out() {
+    let net = net();
+    let policy = policy_of(&net);
+    let split = split(&net, Some(&policy), Nodes::PerGroup);
+    let mut devices = Devices::start(folder(&net, Some(&policy), Nodes::PerGroup));
+    ask_through(&net, &mut devices, 2, |_, _| {}).await;
+    let (_link, transport) = stranger(&devices, &split).await;
+    let mut opened = 0;
+    // Of every transfer to a node where no request begins, which waits for what never comes.
+    for transfer in split.manifest.transfers.iter().filter(|t| t.step.is_some() && t.to != 0) {
+        for request in 0..MAX_REQUESTS as u64 + 10 {
+            let frame = TensorFrame {
+                dtype: transfer.dtype,
+                from: transfer.from as u16,
+                request: request << 8 | u64::from(transfer.id),
+                transfer: transfer.id,
+                within: Duration::from_secs(600),
+                degraded: false,
+                payload: Bytes::from(vec![0; transfer.bytes as usize]),
+            };
+            transport.send(transfer.to, frame.encode()).await.unwrap();
+            opened += 1;
+        }
+    }
+    assert!(opened > 3 * MAX_REQUESTS, "{opened}");
+    ask_through(&net, &mut devices, 20, |_, _| {}).await;
+    assert!(devices.all_run());
 }
