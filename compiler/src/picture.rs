@@ -182,12 +182,13 @@ const BOX_HEIGHT: usize = 26;
 /// How far an arrow keeps its direction at either end.
 const BEND: usize = 22;
 
+/// With a ground of its own: a viewer that is bright may still ask for dark colours.
 const STYLE: &str = "\
-text{font:12px system-ui,sans-serif;fill:#1f2937}.dim{fill:#6b7280;font-size:11px}\
+svg{background:#fff}text{font:12px system-ui,sans-serif;fill:#1f2937}.dim{fill:#6b7280;font-size:11px}\
 .box{fill:#dbeafe;stroke:#2563eb}.dead{fill:none;stroke:#9ca3af;stroke-dasharray:3 3}\
 .lane{fill:#f3f4f6}.trunk{stroke:#2563eb;stroke-width:1.5}\
 .arrow{fill:none;stroke:#c2410c;stroke-width:1.5;marker-end:url(#head)}.head{fill:#c2410c}\
-@media(prefers-color-scheme:dark){text{fill:#e5e7eb}.dim{fill:#9ca3af}.box{fill:#1e3a5f}\
+@media(prefers-color-scheme:dark){svg{background:#111827}text{fill:#e5e7eb}.dim{fill:#9ca3af}.box{fill:#1e3a5f}\
 .lane{fill:#1f2937}.arrow{stroke:#fb923c}.head{fill:#fb923c}}";
 
 /// The picture as one SVG file.
