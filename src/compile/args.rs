@@ -3,9 +3,11 @@
 //! Takes `argv`; gives [`Args`], or clap's own answer for `--help`, `--version` and mistakes.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
 use snn_compiler::{Nodes, Options};
+use snn_runtime::agent::wire::MAX_SETTING_MS;
 use snn_schemas::cost::{Device, Link};
 
 use crate::run::emulation;
@@ -228,6 +230,16 @@ pub(crate) struct Deploy {
     /// How long the nodes may take to start and to answer
     #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86400))]
     pub(crate) within: u64,
+
+    /// Let nodes wait no longer than this for a tensor: they go on without it (it counts as zero), and the
+    /// answer is marked as degraded
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=MAX_SETTING_MS), conflicts_with_all = ["status", "stop"])]
+    pub(crate) degrade: Option<u64>,
+
+    /// How long a request over HTTP may take where it does not say itself [default: what the agent was
+    /// started with, 2]
+    #[arg(long, value_name = "SECONDS", value_parser = crate::run::args::deadline, conflicts_with_all = ["status", "stop"])]
+    pub(crate) deadline: Option<Duration>,
 
     /// Show what would go where, and do nothing
     #[arg(long, conflicts_with_all = ["status", "stop", "render"])]

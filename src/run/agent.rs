@@ -20,9 +20,6 @@ use tokio_util::sync::CancellationToken;
 use super::keep::Keeper;
 use super::{args, http};
 
-/// Where Linux tells the machine's name.
-const HOST_NAME: &str = "/proc/sys/kernel/hostname";
-
 /// Runs `snn-run --agent`.
 pub(super) async fn agent(agent: args::Agent) -> Result<ExitCode> {
     let key = agent.key.as_deref().map(crate::key::read).transpose()?;
@@ -50,6 +47,7 @@ pub(super) async fn agent(agent: args::Agent) -> Result<ExitCode> {
         key,
         insecure: agent.insecure,
         dir: agent.dir.clone(),
+        peers: agent.peers.clone(),
         http: claimed.as_ref().map(|http| http.address().to_string()),
         front: Some(place(link.address())),
     };
@@ -97,7 +95,7 @@ fn keeper(agent: &args::Agent) -> Result<Keeper> {
 }
 
 fn host_name() -> String {
-    let name = fs::read_to_string(HOST_NAME).unwrap_or_default();
+    let name = fs::read_to_string(super::HOST_NAME).unwrap_or_default();
     match name.trim() {
         "" => "unnamed".to_owned(),
         name => name.to_owned(),

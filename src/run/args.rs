@@ -98,8 +98,9 @@ pub struct Args {
     #[arg(long, value_name = "ADDR", conflicts_with = "local", help_heading = "One node")]
     listen: Option<String>,
 
-    /// Address of another node, in addition to those in cluster.json; may be repeated
-    #[arg(long, value_name = "ADDR", conflicts_with_all = ["local", "agent"], help_heading = "One node")]
+    /// Address of another node, in addition to those in cluster.json; may be repeated. An agent's nodes
+    /// connect there, in addition to each other
+    #[arg(long, value_name = "ADDR", conflicts_with = "local", help_heading = "One node")]
     peer: Vec<String>,
 
     /// The cluster's key (see snnc key): without it nobody is let in, and nothing leaves unencrypted
@@ -273,6 +274,8 @@ pub struct Agent {
     pub listen: Option<String>,
     /// Where `snn-run infer` is answered, where an address was given.
     pub serve: Option<String>,
+    /// Addresses that its nodes connect to, in addition to each other's.
+    pub peers: Vec<String>,
     /// The cluster's key file.
     pub key: Option<PathBuf>,
     /// Whether to listen beyond this machine without a key.
@@ -368,6 +371,7 @@ impl Args {
             (None, None) if self.agent => Mode::Agent(Agent {
                 listen: self.listen,
                 serve: self.serve,
+                peers: self.peer,
                 key: self.key,
                 insecure: self.insecure,
                 dir: self.dir.unwrap_or_else(state_dir),
@@ -408,6 +412,14 @@ fn seconds(text: &str) -> Result<Duration, String> {
         true => Ok(Duration::from_secs_f64(number)),
         false => Err(range),
     }
+}
+
+/// Seconds of a deadline over HTTP, which are at most a minute, and at least a millisecond.
+pub(crate) fn deadline(text: &str) -> Result<Duration, String> {
+    let longest = snn_runtime::http::MAX_WITHIN;
+    let fits = |time: &Duration| (Duration::from_millis(1)..=longest).contains(time);
+    let range = format!("expected seconds, at least 0.001 and at most {}", longest.as_secs());
+    seconds(text).ok().filter(fits).ok_or(range)
 }
 
 #[cfg(test)]

@@ -50,6 +50,7 @@ impl Launcher for Keeper {
                 key: self.key.clone(),
                 insecure: self.insecure,
                 cluster: order.version.as_str().to_owned(),
+                degrade: order.settings.degrade_ms.map(Duration::from_millis),
             }),
         };
         let executable = Some(self.executable.clone());

@@ -34,6 +34,8 @@ pub const EXIT_DIFFERENT: u8 = 1;
 const LOG_VARIABLE: &str = "SNN_LOG";
 /// What is logged otherwise: our own warnings. Zenoh's describe what it tries again by itself.
 const LOG_DEFAULT: &str = "off,snn=warn,snn_runtime=warn";
+/// Where Linux tells the machine's name.
+pub(crate) const HOST_NAME: &str = "/proc/sys/kernel/hostname";
 /// Worker threads of the process: they move bytes, the computing is done elsewhere.
 const IO_THREADS: usize = 2;
 

@@ -21,33 +21,33 @@ use crate::fixtures::{Net, residual};
 use crate::processes::{SNN_RUN, children, kill};
 use crate::{array, assert_close, image, reference, ring, split};
 
-fn net() -> Net {
+pub(crate) fn net() -> Net {
     residual(4, &[2, 2], 8)
 }
 
-fn first(net: &Net) -> Policy {
+pub(crate) fn first(net: &Net) -> Policy {
     ring(net, 2, Dtype::F16)
 }
 
-fn second(net: &Net) -> Policy {
+pub(crate) fn second(net: &Net) -> Policy {
     ring(net, 1, Dtype::F32)
 }
 
 /// A folder as snnc split writes it, hashes and all.
-fn written(net: &Net, policy: &Policy) -> tempfile::TempDir {
+pub(crate) fn written(net: &Net, policy: &Policy) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     snn::compile::write(&split(net, Some(policy), Nodes::PerGroup), folder.path()).unwrap();
     folder
 }
 
 /// A device with an agent.
-struct Device {
-    process: Child,
+pub(crate) struct Device {
+    pub(crate) process: Child,
     arguments: Vec<String>,
-    dir: PathBuf,
-    address: String,
-    front: String,
-    http: SocketAddr,
+    pub(crate) dir: PathBuf,
+    pub(crate) address: String,
+    pub(crate) front: String,
+    pub(crate) http: SocketAddr,
 }
 
 impl Device {
@@ -66,7 +66,7 @@ impl Device {
     }
 
     /// Pulls the plug, and plugs it in again.
-    fn restart(&mut self) {
+    pub(crate) fn restart(&mut self) {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
         (self.process, self.address, self.front, self.http) = spawn(&self.arguments);
@@ -97,15 +97,15 @@ fn spawn(arguments: &[String]) -> (Child, String, String, SocketAddr) {
     (process, address, front, http)
 }
 
-/// Four devices, and what is needed to deploy to them.
-struct Site {
-    folder: tempfile::TempDir,
-    key: PathBuf,
-    devices: Vec<Device>,
+/// Some devices, and what is needed to deploy to them.
+pub(crate) struct Site {
+    pub(crate) folder: tempfile::TempDir,
+    pub(crate) key: Option<PathBuf>,
+    pub(crate) devices: Vec<Device>,
 }
 
 impl Site {
-    fn new(count: usize) -> Site {
+    pub(crate) fn new(count: usize) -> Site {
         let folder = tempfile::tempdir().unwrap();
         let key = folder.path().join("cluster.key");
         let made = Command::new(env!("CARGO_BIN_EXE_snnc"))
@@ -114,48 +114,63 @@ impl Site {
             .output()
             .unwrap();
         assert!(made.status.success());
+        Site::start(count, folder, Some(key))
+    }
+
+    /// Devices that let anybody in who is on the same machine.
+    pub(crate) fn without_key(count: usize) -> Site {
+        Site::start(count, tempfile::tempdir().unwrap(), None)
+    }
+
+    fn start(count: usize, folder: tempfile::TempDir, key: Option<PathBuf>) -> Site {
         let start = |number: usize| {
             let name = format!("pi{number}");
-            Device::start(&folder.path().join(&name), Some(&key), &name)
+            Device::start(&folder.path().join(&name), key.as_deref(), &name)
         };
         let devices = (0..count).map(start).collect();
         Site { folder, key, devices }
     }
 
-    fn key(&self) -> ClusterKey {
-        ClusterKey::from_pem(&std::fs::read_to_string(&self.key).unwrap()).unwrap()
+    pub(crate) fn key(&self) -> Option<ClusterKey> {
+        let key = self.key.as_ref()?;
+        Some(ClusterKey::from_pem(&std::fs::read_to_string(key).unwrap()).unwrap())
     }
 
     /// `snnc deploy …` to all of them.
-    fn snnc(&self, arguments: &[&str]) -> Output {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let to = self.devices.iter().flat_map(|device| ["--to", &device.address]);
         let mut command = Command::new(env!("CARGO_BIN_EXE_snnc"));
-        command.arg("deploy").args(arguments).args(to).arg("--key").arg(&self.key);
-        command.output().unwrap()
+        command.arg("deploy").args(arguments).args(to);
+        command.args(self.key.iter().flat_map(|key| [Path::new("--key"), key]));
+        command
+    }
+
+    pub(crate) fn snnc(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
     }
 
     #[track_caller]
-    fn deploy(&self, split: &Path, more: &[&str]) -> Value {
+    pub(crate) fn deploy(&self, split: &Path, more: &[&str]) -> Value {
         let arguments = [&[split.to_str().unwrap(), "--json"], more].concat();
         let output = self.snnc(&arguments);
         assert!(output.status.success(), "{}", text(&output.stderr));
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
-    fn status(&self) -> Value {
+    pub(crate) fn status(&self) -> Value {
         let output = self.snnc(&["--status", "--json"]);
         assert!(output.status.success(), "{}", text(&output.stderr));
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
     /// Every device gives the right answer, over both of its ways.
-    async fn assert_answers(&self, net: &Net, policy: &Policy) {
+    pub(crate) async fn assert_answers(&self, net: &Net, policy: &Policy) {
         let key = self.key();
         for (seed, device) in self.devices.iter().enumerate() {
             let input = image(net, seed);
             let expected = reference::logits(net, Some(policy), input.data());
             let fronts = [device.front.clone()];
-            let client = Client::connect(&fronts, Some(&key), PATIENCE).await.unwrap();
+            let client = Client::connect(&fronts, key.as_ref(), PATIENCE).await.unwrap();
             let answer = client.infer(vec![input.clone()], PATIENCE).await.unwrap();
             assert_close(answer.outputs[0].data(), &expected, &device.front);
             let (status, answer) = infer(&mut connect(device.http), input.data(), net);
@@ -165,18 +180,22 @@ impl Site {
     }
 }
 
-fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
-fn connect(address: SocketAddr) -> BufReader<TcpStream> {
+pub(crate) fn connect(address: SocketAddr) -> BufReader<TcpStream> {
     let stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     BufReader::new(stream)
 }
 
 /// One request over a connection that stays open; gives status and body.
-fn infer(connection: &mut BufReader<TcpStream>, data: &[f32], net: &Net) -> (u16, String) {
+pub(crate) fn infer(
+    connection: &mut BufReader<TcpStream>,
+    data: &[f32],
+    net: &Net,
+) -> (u16, String) {
     let [channels, height, width] = net.image;
     let body = serde_json::json!({ "inputs": [{
         "name": "image", "datatype": "FP32", "shape": [1, channels, height, width], "data": data,
@@ -302,7 +321,7 @@ async fn a_version_is_replaced_without_a_failed_request() {
         })
         .collect();
     let (fronts, key) = ([site.devices[1].front.clone()], site.key());
-    let client = Client::connect(&fronts, Some(&key), PATIENCE).await.unwrap();
+    let client = Client::connect(&fronts, key.as_ref(), PATIENCE).await.unwrap();
     let before = answers.load(Ordering::Relaxed);
     for split in [&two, &one, &two] {
         assert_eq!(site.deploy(split.path(), &[])["serves"], true);
@@ -325,7 +344,7 @@ async fn a_version_is_replaced_without_a_failed_request() {
 }
 
 /// Folders of versions on a device.
-fn versions(dir: &Path) -> Vec<PathBuf> {
+pub(crate) fn versions(dir: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
     entries.filter(|path| path.is_dir()).collect()
 }
@@ -478,7 +497,7 @@ async fn only_who_has_the_key_deploys_and_only_what_is_whole() {
         }
         command.output().unwrap()
     };
-    for stranger in [None, Some(other.key.as_path())] {
+    for stranger in [None, other.key.as_deref()] {
         let refused = ask(stranger);
         let said = text(&refused.stderr);
         assert_eq!((refused.status.code(), said.lines().count()), (Some(2), 1), "{said}");

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::wire::Version;
+use super::wire::{Settings, Version};
 use crate::client::{AskError, Client, ClusterInfo, infer_key, info_key};
 use crate::http::{Asker, Own, Unanswered};
 use crate::key::ClusterKey;
@@ -32,6 +32,7 @@ const REPORT_WITHIN: Duration = Duration::from_millis(300);
 pub struct Backend {
     version: Version,
     rank: usize,
+    settings: Settings,
     client: Client,
     info: Arc<ClusterInfo>,
     reports: Mutex<Vec<NodeReport>>,
@@ -43,14 +44,14 @@ impl Backend {
     /// # Errors
     /// Nobody answers there within `within`.
     pub async fn connect(
-        (version, rank): (Version, usize),
+        (version, rank, settings): (Version, usize, Settings),
         addresses: &[String],
         key: Option<&ClusterKey>,
         within: Duration,
     ) -> Result<Arc<Backend>, AskError> {
         let client = Client::connect(addresses, key, within).await?;
         let (info, reports) = (Arc::new(client.info().clone()), Mutex::default());
-        Ok(Arc::new(Backend { version, rank, client, info, reports }))
+        Ok(Arc::new(Backend { version, rank, settings, client, info, reports }))
     }
 
     /// The version.
@@ -83,10 +84,45 @@ impl Backend {
     }
 }
 
+/// Who computes a rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Seat {
+    /// Its own process.
+    Home,
+    /// The process of another rank.
+    Guest(usize),
+    /// Nobody.
+    Empty,
+}
+
+impl Seat {
+    /// Who computes each of `nodes` ranks, by what those that are there report.
+    fn all(nodes: usize, reports: &[NodeReport]) -> Vec<Seat> {
+        let mut seats = vec![Seat::Empty; nodes];
+        for report in reports {
+            if let Some(seat) = seats.get_mut(report.rank) {
+                *seat = report.guest_of.map_or(Seat::Home, Seat::Guest);
+            }
+        }
+        seats
+    }
+
+    /// What is said when it becomes so.
+    fn news(self, rank: usize) -> String {
+        match self {
+            Seat::Home => format!("rank {rank} is there"),
+            Seat::Guest(host) => format!("rank {rank} is gone, the node of rank {host} stands in"),
+            Seat::Empty => format!("rank {rank} is gone"),
+        }
+    }
+}
+
 /// What clients ask.
 #[derive(Default)]
 pub struct Front {
     current: RwLock<Option<Arc<Backend>>>,
+    /// Who computed each rank of a version when last seen.
+    seats: Mutex<Option<(Version, Vec<Seat>)>>,
     log: Log,
 }
 
@@ -109,8 +145,25 @@ impl Front {
     /// Asks the nodes how they are, so that [`Asker::own`] knows.
     pub async fn look(&self) {
         if let Some(backend) = self.current() {
-            backend.ask_reports().await;
+            let reports = backend.ask_reports().await;
+            self.note_seats(&backend, &reports);
         }
+    }
+
+    /// Notes which ranks have another place than when last seen.
+    fn note_seats(&self, backend: &Backend, reports: &[NodeReport]) {
+        let now = Seat::all(backend.info.nodes, reports);
+        let mut seats = self.seats.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((version, before)) = seats.as_ref()
+            && *version == backend.version
+        {
+            for (rank, (seat, _)) in
+                now.iter().zip(before).enumerate().filter(|(_, (now, before))| now != before)
+            {
+                self.log.note(seat.news(rank));
+            }
+        }
+        *seats = Some((backend.version.clone(), now));
     }
 
     fn backend(&self) -> Result<Arc<Backend>, Unanswered> {
@@ -151,11 +204,16 @@ impl Asker for Front {
         match self.current() {
             Some(backend) => {
                 let (reports, missing) = backend.own();
-                Own { reports, missing, events, takeovers: 0 }
+                let takeovers = reports.iter().map(|report| report.takeovers).sum();
+                Own { reports, missing, events, takeovers }
             }
             // Rank 0 of nothing: so that nobody counts it as ready.
             None => Own { missing: BTreeSet::from([0]), events, ..Own::default() },
         }
+    }
+
+    fn within(&self) -> Option<Duration> {
+        self.current()?.settings.within_ms.map(Duration::from_millis)
     }
 
     fn nodes(&self) -> usize {
@@ -192,4 +250,17 @@ fn describe(front: &Front) -> Option<Bytes> {
     let mut info = ClusterInfo::clone(&front.current()?.info);
     FRONT.clone_into(&mut info.split);
     serde_json::to_vec(&info).ok().map(Bytes::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_computes_a_rank_is_read_from_the_reports() {
+        let report = |rank, guest_of| NodeReport { rank, guest_of, ..NodeReport::default() };
+        let seats = Seat::all(4, &[report(0, None), report(2, Some(0)), report(9, None)]);
+        assert_eq!(seats, [Seat::Home, Seat::Empty, Seat::Guest(0), Seat::Empty]);
+        assert_eq!(seats[2].news(2), "rank 2 is gone, the node of rank 0 stands in");
+    }
 }

@@ -6,7 +6,8 @@
 //! the cluster's key (mutual TLS), and without a key an agent listens on its own machine only. A
 //! *version* is one `cluster.json`, named by its SHA-256, with the shards whose hashes it lists.
 //!
-//! A version is sent, started beside the one that runs, asked, made the current one, and only then
+//! Whoever deploys claims the agents first, so that nobody else changes them meanwhile; the claim of
+//! somebody who is gone ends by itself ([`CLAIM_WITHIN`]). A version is sent, started beside the one that runs, asked, made the current one, and only then
 //! is the old one drained and stopped. One that is started but never becomes current ends by itself
 //! ([`TRIAL_WITHIN`]): whoever deployed it is gone. After a restart an agent runs its current version.
 
@@ -19,8 +20,10 @@ mod remote;
 mod server;
 
 pub use remote::{Remote, RemoteError, find};
-pub use server::{Agent, AgentError, AgentOptions, Launched, Launcher, NodeOrder, TRIAL_WITHIN};
-pub use wire::{Description, NodeState, Version, VersionState};
+pub use server::{
+    Agent, AgentError, AgentOptions, CLAIM_WITHIN, Launched, Launcher, NodeOrder, TRIAL_WITHIN,
+};
+pub use wire::{Description, NodeState, Settings, Version, VersionState};
 
 /// Port an agent listens on where nobody says otherwise.
 pub const AGENT_PORT: u16 = 7448;

@@ -14,7 +14,7 @@ use zenoh::config::WhatAmI;
 
 use super::server::scout_name;
 use super::wire::{
-    self, AGENT_KEY, Description, File, MAX_CHUNK, MAX_MESSAGE, Reply, Request, Version,
+    self, AGENT_KEY, Asker, Description, File, MAX_CHUNK, MAX_MESSAGE, Reply, Request, Version,
 };
 use crate::client::{AskError, ask, reach};
 use crate::key::ClusterKey;
@@ -208,7 +208,7 @@ impl Remote {
         piece: &[u8],
         within: Duration,
     ) -> Result<Reply, RemoteError> {
-        let message = wire::encode(request, piece)?;
+        let message = wire::encode(&self.asker(), request, piece)?;
         let deadline = Instant::now() + within;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -224,16 +224,34 @@ impl Remote {
         }
     }
 
+    /// Asks with bytes as they are, once; gives the answer as it is, if there is one within `within`.
+    /// Nothing is checked on this side: it shows what an agent makes of anything.
+    ///
+    /// # Errors
+    /// The session has ended.
+    pub async fn ask_raw(
+        &self,
+        message: Bytes,
+        within: Duration,
+    ) -> Result<Option<Bytes>, RemoteError> {
+        Ok(ask(&self.session, AGENT_KEY, message, within).await?.into_iter().next())
+    }
+
     fn read(&self, answer: &Bytes) -> Result<Reply, RemoteError> {
         if answer.len() > MAX_MESSAGE {
             return Err(wire::WireError::TooLarge { bytes: answer.len() }.into());
         }
         match wire::decode::<Reply>(answer)? {
-            (Reply::Refused { reason }, _) => {
+            (_, Reply::Refused { reason }, _) => {
                 Err(RemoteError::Refused { address: self.address.clone(), reason })
             }
-            (reply, _) => Ok(reply),
+            (_, reply, _) => Ok(reply),
         }
+    }
+
+    /// The session's own number: another of each process and agent.
+    fn asker(&self) -> Asker {
+        self.session.zid().to_le_bytes()
     }
 
     fn unexpected(&self, reply: &Reply) -> RemoteError {

@@ -3,6 +3,7 @@
 //! Takes [`AgentOptions`], a [`Launcher`] that turns orders into running nodes, and the [`Front`] that
 //! clients ask. Gives an [`Agent`] that is bound, and does its work in [`Agent::run`]. A version that
 //! has been started and is not made current within [`TRIAL_WITHIN`] of the last word about it is ended.
+//! Nothing is changed but by whoever has claimed the agent.
 //! When `run` ends every node has ended.
 
 use std::collections::BTreeMap;
@@ -19,8 +20,8 @@ use zenoh::query::Query;
 use super::front::{Backend, Front};
 use super::store::{Order, Store, StoreError};
 use super::wire::{
-    self, AGENT_KEY, Description, MAX_MESSAGE, MAX_PEERS, NodeState, Reply, Request, Version,
-    VersionState,
+    self, AGENT_KEY, Asker, Description, MAX_MESSAGE, MAX_NAME, MAX_PEERS, NodeState, Reply,
+    Request, Settings, Version, VersionState,
 };
 use crate::client::AskError;
 use crate::key::ClusterKey;
@@ -30,6 +31,9 @@ use crate::transport::zenoh::{Link, LinkError, Options, into_bytes, parse_addres
 /// How long a version that has been started may stay without becoming current, and without a word
 /// from whoever deploys it.
 pub const TRIAL_WITHIN: Duration = Duration::from_secs(60);
+/// How long nobody else may change anything after the last word of whoever has claimed the agent: he
+/// says something every few seconds, and a cable may be moved meanwhile.
+pub const CLAIM_WITHIN: Duration = Duration::from_secs(20);
 /// How long the cluster of a version that is made current may take to answer this agent.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 /// How often the agent looks after its nodes.
@@ -52,6 +56,8 @@ pub struct AgentOptions {
     pub insecure: bool,
     /// Folder for shards and state.
     pub dir: PathBuf,
+    /// Addresses that its nodes connect to, in addition to each other's.
+    pub peers: Vec<String>,
     /// Where HTTP is served, for people.
     pub http: Option<String>,
     /// Where `snn-run infer` is answered, for people.
@@ -69,6 +75,8 @@ pub struct NodeOrder {
     pub listen: String,
     /// Addresses of the other nodes.
     pub peers: Vec<String>,
+    /// How it runs.
+    pub settings: Settings,
 }
 
 /// Runs nodes.
@@ -96,6 +104,25 @@ struct Running {
     touched: Instant,
 }
 
+/// Whoever has claimed the agent.
+struct Claim {
+    asker: Asker,
+    by: String,
+    /// When he last said anything.
+    touched: Instant,
+}
+
+impl Claim {
+    fn is_over(&self) -> bool {
+        self.touched.elapsed() > CLAIM_WITHIN
+    }
+
+    fn refusal(&self) -> AgentError {
+        let left = CLAIM_WITHIN.saturating_sub(self.touched.elapsed());
+        AgentError::Claimed { by: self.by.clone(), left }
+    }
+}
+
 /// An agent, bound to its address.
 pub struct Agent {
     options: AgentOptions,
@@ -104,6 +131,7 @@ pub struct Agent {
     store: Store,
     launcher: Box<dyn Launcher>,
     front: Arc<Front>,
+    claim: Option<Claim>,
     running: BTreeMap<Version, Running>,
     /// Versions that were current, with the requests they still answer.
     retired: BTreeMap<Version, Arc<Backend>>,
@@ -121,6 +149,9 @@ impl Agent {
         launcher: Box<dyn Launcher>,
         front: Arc<Front>,
     ) -> Result<Agent, AgentError> {
+        for peer in &options.peers {
+            parse_address(peer, options.key.as_ref())?;
+        }
         let store = Store::open(&options.dir)?;
         let link = Link::open_apart(&Options {
             listen: options.listen.clone(),
@@ -129,11 +160,24 @@ impl Agent {
             insecure: options.insecure,
             scout: (options.key.is_some() || options.insecure)
                 .then(|| scout_name(options.key.as_ref())),
+            through_router: false,
         })
         .await?;
         let questions = queryable(&link, AGENT_KEY).await?;
-        let (running, retired, resuming) = Default::default();
-        Ok(Agent { options, link, questions, store, launcher, front, running, retired, resuming })
+        let (claim, running, retired, resuming) = Default::default();
+        let agent = Agent {
+            options,
+            link,
+            questions,
+            store,
+            launcher,
+            front,
+            claim,
+            running,
+            retired,
+            resuming,
+        };
+        Ok(agent)
     }
 
     /// The address, with its real port.
@@ -186,7 +230,7 @@ impl Agent {
         let (front, key) = (Arc::clone(&self.front), self.options.key.clone());
         self.resuming.spawn(async move {
             loop {
-                let of = (version.clone(), order.rank);
+                let of = (version.clone(), order.rank, order.settings);
                 match Backend::connect(of, &addresses, key.as_ref(), CONNECT_WITHIN).await {
                     Ok(backend) => {
                         front.switch(Some(backend));
@@ -202,28 +246,74 @@ impl Agent {
     async fn answer(&mut self, query: &Query) {
         let payload = query.payload().filter(|payload| payload.len() <= MAX_MESSAGE);
         let message = payload.and_then(into_bytes).unwrap_or_default();
-        let answer = match wire::decode::<Request>(&message) {
-            Ok((request, piece)) => self.obey(request, piece).await,
-            Err(error) => Err(error.into()),
+        let (asker, answer) = match wire::decode::<Request>(&message) {
+            Ok((asker, request, piece)) => (asker, self.hear(asker, request, piece).await),
+            Err(error) => (Asker::default(), Err(error.into())),
         };
         let answer = answer.unwrap_or_else(|error: AgentError| {
             tracing::warn!(%error, "request refused");
             Reply::Refused { reason: error.to_string() }
         });
-        match wire::encode(&answer, &[]) {
+        match wire::encode(&asker, &answer, &[]) {
             Ok(answer) => reply(query, AGENT_KEY.to_owned(), answer).await,
             Err(error) => tracing::warn!(%error, "answer not written"),
+        }
+    }
+
+    /// Does what is asked by whoever may ask for it.
+    async fn hear(
+        &mut self,
+        asker: Asker,
+        request: Request,
+        piece: Bytes,
+    ) -> Result<Reply, AgentError> {
+        if request.changes() {
+            match &self.claim {
+                Some(claim) if claim.asker == asker => {}
+                Some(claim) if !claim.is_over() => return Err(claim.refusal()),
+                _ => return Err(AgentError::Unclaimed),
+            }
+        }
+        self.touch(&asker);
+        let answer = match request {
+            Request::Claim { by } => self.claim(asker, &by),
+            Request::Release {} => {
+                self.claim = self.claim.take().filter(|claim| claim.asker != asker);
+                Ok(Reply::Done {})
+            }
+            other => self.obey(other, piece).await,
+        };
+        // What was asked for may have taken its time.
+        self.touch(&asker);
+        answer
+    }
+
+    /// Notes that whoever has claimed the agent is there.
+    fn touch(&mut self, asker: &Asker) {
+        let now = Instant::now();
+        if let Some(claim) = self.claim.as_mut().filter(|claim| claim.asker == *asker) {
+            claim.touched = now;
+            self.running.values_mut().for_each(|running| running.touched = now);
+        }
+    }
+
+    fn claim(&mut self, asker: Asker, by: &str) -> Result<Reply, AgentError> {
+        match &self.claim {
+            Some(claim) if claim.asker != asker && !claim.is_over() => Err(claim.refusal()),
+            _ => {
+                // It is shown on others' terminals.
+                let by = by.chars().filter(|c| !c.is_control()).take(MAX_NAME).collect();
+                self.claim = Some(Claim { asker, by, touched: Instant::now() });
+                Ok(Reply::Done {})
+            }
         }
     }
 
     async fn obey(&mut self, request: Request, piece: Bytes) -> Result<Reply, AgentError> {
         let have = |(length, complete)| Reply::Have { length, complete };
         match request {
-            Request::Describe {} => {
-                // Whoever deploys asks while it waits for its version.
-                self.running.values_mut().for_each(|running| running.touched = Instant::now());
-                Ok(Reply::Described { agent: Box::new(self.description()) })
-            }
+            Request::Describe {} => Ok(Reply::Described { agent: Box::new(self.description()) }),
+            Request::Claim { .. } | Request::Release {} => Ok(Reply::Done {}), // heard already
             Request::Have { version, file } => Ok(have(self.store.have(&version, file)?)),
             Request::Put { version, file, offset, last } => {
                 let piece = (offset, &piece[..]);
@@ -231,8 +321,8 @@ impl Agent {
                 Ok(have(tokio::task::block_in_place(put)?))
             }
             Request::Reserve {} => Ok(Reply::Reserved { port: self.free_port()? }),
-            Request::Start { version, rank, port, peers } => {
-                self.start(&version, Order { rank, port, peers }).await
+            Request::Start { version, rank, port, peers, settings } => {
+                self.start(&version, Order { rank, port, peers, settings }).await
             }
             Request::Activate { version } => self.activate(version).await,
             Request::Drain { version } => {
@@ -264,7 +354,8 @@ impl Agent {
             let order = running.map(|r| r.order.clone()).or_else(|| self.store.order(&version));
             VersionState {
                 rank: order.as_ref().map(|order| order.rank),
-                port: order.map(|order| order.port),
+                port: order.as_ref().map(|order| order.port),
+                settings: order.map(|order| order.settings).unwrap_or_default(),
                 state: running
                     .map_or(NodeState::Stopped, |running| short(running.launched.state())),
                 version,
@@ -298,7 +389,8 @@ impl Agent {
     async fn start(&mut self, version: &Version, order: Order) -> Result<Reply, AgentError> {
         if let Some(running) = self.running.get_mut(version) {
             // A request whose answer was lost, or a version that is deployed again.
-            if (running.order.rank, running.order.port) == (order.rank, order.port) {
+            let of = |order: &Order| (order.rank, order.port, order.settings);
+            if of(&running.order) == of(&order) {
                 running.touched = Instant::now();
                 return Ok(Reply::Done {});
             }
@@ -309,6 +401,9 @@ impl Agent {
         }
         for peer in &order.peers {
             parse_address(peer, self.options.key.as_ref())?;
+        }
+        if !order.settings.are_sound() {
+            return Err(AgentError::Settings { settings: order.settings });
         }
         self.store.set_order(version, &order)?;
         tokio::task::block_in_place(|| self.launch(version, order))?;
@@ -321,7 +416,8 @@ impl Agent {
             shard: self.store.shard(version, order.rank)?,
             version: version.clone(),
             listen: format!("{}:{}", self.host(), order.port),
-            peers: order.peers.clone(),
+            peers: order.peers.iter().chain(&self.options.peers).cloned().collect(),
+            settings: order.settings,
         };
         let launched = self.launcher.launch(node).map_err(AgentError::Launch)?;
         let running = Running { launched, order, touched: Instant::now() };
@@ -342,7 +438,7 @@ impl Agent {
                 Some(backend) => backend,
                 None => {
                     let key = self.options.key.as_ref();
-                    let of = (version.clone(), order.rank);
+                    let of = (version.clone(), order.rank, order.settings);
                     let addresses = self.addresses(&order);
                     Backend::connect(of, &addresses, key, CONNECT_WITHIN).await?
                 }
@@ -445,6 +541,26 @@ pub enum AgentError {
         /// Peers given.
         found: usize,
     },
+    /// A time of nothing, or of more than a minute.
+    #[error("{settings}: expected 1 to {} ms", wire::MAX_SETTING_MS)]
+    Settings {
+        /// The settings.
+        settings: Settings,
+    },
+    /// Somebody else is at work.
+    #[error(
+        "{by} is deploying here; should that have died, others may in {} s",
+        left.as_secs_f32().ceil()
+    )]
+    Claimed {
+        /// Who it is.
+        by: String,
+        /// How long without a word until others may.
+        left: Duration,
+    },
+    /// Whoever asks has not claimed the agent, or another has meanwhile.
+    #[error("changed by nobody but who has claimed it")]
+    Unclaimed,
     /// The version runs.
     #[error("version {version} runs")]
     Runs {
@@ -457,4 +573,25 @@ pub enum AgentError {
         /// The version.
         version: Version,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_claim_ends_with_the_silence_of_whoever_made_it() {
+        let now = Instant::now();
+        let claim =
+            |touched| Claim { asker: Asker::default(), by: "anna@laptop".to_owned(), touched };
+        let fresh = claim(now);
+        assert!(!fresh.is_over());
+        let said = fresh.refusal().to_string();
+        assert_eq!(
+            said,
+            "anna@laptop is deploying here; should that have died, others may in 20 s"
+        );
+        let silent = now.checked_sub(CLAIM_WITHIN + Duration::from_millis(1)).unwrap();
+        assert!(claim(silent).is_over());
+    }
 }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use snn_schemas::manifest::{MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest};
 
-use super::wire::{File, Version, hexadecimal};
+use super::wire::{File, Settings, Version, hexadecimal};
 
 /// Largest shard accepted, in bytes: what a protobuf message, and so an ONNX file, may have.
 pub const MAX_SHARD_BYTES: u64 = 1 << 31;
@@ -37,6 +37,9 @@ pub struct Order {
     pub port: u16,
     /// Addresses of the other nodes.
     pub peers: Vec<String>,
+    /// How it runs.
+    #[serde(default)]
+    pub settings: Settings,
 }
 
 /// The folder of an agent.

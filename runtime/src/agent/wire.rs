@@ -5,12 +5,14 @@
 //! | bytes | |
 //! |---|---|
 //! | 4 | `SNNA` |
-//! | 1 | version of this format: 1 |
+//! | 1 | version of this format: 2 |
+//! | 16 | [`Asker`]: whoever asks; an answer carries that of its question |
 //! | 4 | length of the header, little-endian, at most [`MAX_HEADER`] |
 //! | … | header: a [`Request`] or a [`Reply`] as JSON |
 //! | … | a piece of a file, at most [`MAX_CHUNK`] bytes; only after [`Request::Put`] |
 //!
-//! Every request may be repeated: a lost answer does no harm. Files are sent in pieces from where the
+//! Whoever changes anything claims the agent first ([`Request::Claim`]): two who deploy at once are kept
+//! apart. Every request may be repeated: a lost answer does no harm. Files are sent in pieces from where the
 //! agent's copy ends ([`Reply::Have`]), so that a broken link costs a piece. Anything else than the
 //! above is refused with one sentence ([`Reply::Refused`]) before any of it is kept.
 
@@ -33,8 +35,16 @@ pub const MAX_MESSAGE: usize = PREFIX + MAX_HEADER + MAX_CHUNK;
 pub const MAX_PEERS: usize = snn_schemas::MAX_GROUPS;
 
 const MAGIC: &[u8; 4] = b"SNNA";
-const FORMAT: u8 = 1;
-const PREFIX: usize = 9;
+const FORMAT: u8 = 2;
+const PREFIX: usize = 25;
+
+/// Whoever asks: a number that nobody else has at the time, such as a session's.
+pub type Asker = [u8; 16];
+
+/// Longest name of whoever deploys, in characters: it is shown on one line.
+pub const MAX_NAME: usize = 100;
+/// Longest time of [`Settings`], in ms: a minute, as long as any request over HTTP may take.
+pub const MAX_SETTING_MS: u64 = 60_000;
 
 /// A version: SHA-256 of its `cluster.json`, 64 lower-case hexadecimal digits.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -99,12 +109,48 @@ pub enum File {
     Shard(usize),
 }
 
+/// How the nodes of a version run, as whoever deploys it says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// How long a node waits for a tensor before it goes on without it, in ms; as long as the request
+    /// may take where there is none.
+    pub degrade_ms: Option<u64>,
+    /// How long a request over HTTP may take where it does not say itself, in ms; what the agent was
+    /// started with where there is none.
+    pub within_ms: Option<u64>,
+}
+
+impl Settings {
+    /// Whether each time is between 1 and [`MAX_SETTING_MS`].
+    pub fn are_sound(&self) -> bool {
+        let times = [self.degrade_ms, self.within_ms];
+        times.iter().flatten().all(|ms| (1..=MAX_SETTING_MS).contains(ms))
+    }
+}
+
+impl fmt::Display for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ms = |ms: Option<u64>| ms.map_or_else(|| "none".to_owned(), |ms| format!("{ms} ms"));
+        let (degrade, within) = (ms(self.degrade_ms), ms(self.within_ms));
+        write!(f, "degrade {degrade}, deadline {within}")
+    }
+}
+
 /// What an agent is asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
     /// Who it is and what it runs. Answered with [`Reply::Described`].
     Describe {},
+    /// Let nobody else change anything, until [`Request::Release`] or until nothing has been heard of
+    /// the asker for [`CLAIM_WITHIN`](super::CLAIM_WITHIN). Refused while somebody else has claimed it.
+    Claim {
+        /// Who it is, for people.
+        by: String,
+    },
+    /// Let others change things again.
+    Release {},
     /// How much of a file it has. Answered with [`Reply::Have`].
     Have {
         /// The version.
@@ -136,6 +182,9 @@ pub enum Request {
         port: u16,
         /// Addresses of the other nodes.
         peers: Vec<String>,
+        /// How it runs.
+        #[serde(default)]
+        settings: Settings,
     },
     /// Answer clients with this version from now on, and start it after a restart.
     Activate {
@@ -158,6 +207,18 @@ pub enum Request {
         /// The version.
         version: Version,
     },
+}
+
+impl Request {
+    /// Whether an agent is another afterwards, so that it must have been claimed.
+    pub fn changes(&self) -> bool {
+        match self {
+            Request::Describe {} | Request::Claim { .. } | Request::Release {} => false,
+            Request::Have { .. } | Request::Drain { .. } => false,
+            Request::Put { .. } | Request::Reserve {} | Request::Start { .. } => true,
+            Request::Activate { .. } | Request::Stop { .. } | Request::Forget { .. } => true,
+        }
+    }
 }
 
 /// What an agent answers.
@@ -223,6 +284,9 @@ pub struct VersionState {
     pub rank: Option<usize>,
     /// Port of its node.
     pub port: Option<u16>,
+    /// How its node runs.
+    #[serde(default)]
+    pub settings: Settings,
     /// What the node is doing.
     pub state: NodeState,
 }
@@ -256,17 +320,23 @@ impl fmt::Display for NodeState {
 }
 
 /// Writes a message.
-pub(crate) fn encode(header: &impl Serialize, piece: &[u8]) -> Result<Bytes, WireError> {
+pub(crate) fn encode(
+    asker: &Asker,
+    header: &impl Serialize,
+    piece: &[u8],
+) -> Result<Bytes, WireError> {
     let header = serde_json::to_vec(header).map_err(WireError::Json)?;
     if header.len() > MAX_HEADER || piece.len() > MAX_CHUNK {
         return Err(WireError::TooLarge { bytes: PREFIX + header.len() + piece.len() });
     }
     let length = u32::try_from(header.len()).unwrap_or(u32::MAX).to_le_bytes();
-    Ok([MAGIC, &[FORMAT][..], &length, &header, piece].concat().into())
+    Ok([MAGIC, &[FORMAT][..], asker, &length, &header, piece].concat().into())
 }
 
-/// Reads a message: its header, and the piece of a file after it.
-pub(crate) fn decode<T: for<'a> Deserialize<'a>>(message: &Bytes) -> Result<(T, Bytes), WireError> {
+/// Reads a message: who asks, the header, and the piece of a file after it.
+pub(crate) fn decode<T: for<'a> Deserialize<'a>>(
+    message: &Bytes,
+) -> Result<(Asker, T, Bytes), WireError> {
     if message.len() > MAX_MESSAGE {
         return Err(WireError::TooLarge { bytes: message.len() });
     }
@@ -277,7 +347,10 @@ pub(crate) fn decode<T: for<'a> Deserialize<'a>>(message: &Bytes) -> Result<(T, 
     if prefix[4] != FORMAT {
         return Err(WireError::Format { found: prefix[4] });
     }
-    let length = u32::from_le_bytes([prefix[5], prefix[6], prefix[7], prefix[8]]) as usize;
+    let (Some(asker), Some(length)) = (prefix[5..].first_chunk(), prefix.last_chunk()) else {
+        return Err(WireError::Short);
+    };
+    let length = u32::from_le_bytes(*length) as usize;
     if length > MAX_HEADER {
         return Err(WireError::TooLarge { bytes: length });
     }
@@ -286,7 +359,7 @@ pub(crate) fn decode<T: for<'a> Deserialize<'a>>(message: &Bytes) -> Result<(T, 
         return Err(WireError::TooLarge { bytes: piece.len() });
     }
     let header = serde_json::from_slice(header).map_err(WireError::Json)?;
-    Ok((header, message.slice(PREFIX + length..)))
+    Ok((*asker, header, message.slice(PREFIX + length..)))
 }
 
 /// Why a message is refused.
@@ -323,6 +396,8 @@ pub enum WireError {
 mod tests {
     use super::*;
 
+    const ASKER: Asker = [7; 16];
+
     fn put() -> Request {
         let version = Version::of(b"manifest");
         Request::Put { version, file: File::Shard(2), offset: 7, last: true }
@@ -330,23 +405,23 @@ mod tests {
 
     #[test]
     fn messages_read_back_and_stand_as_documented() {
-        let message = encode(&put(), b"piece").unwrap();
-        assert_eq!(&message[..5], b"SNNA\x01");
+        let message = encode(&ASKER, &put(), b"piece").unwrap();
+        assert_eq!(message[..21], [&b"SNNA\x02"[..], &ASKER].concat());
         let length = message.len() - PREFIX - 5;
-        assert_eq!(message[5..9], (length as u32).to_le_bytes());
+        assert_eq!(message[21..25], (length as u32).to_le_bytes());
         let header = std::str::from_utf8(&message[PREFIX..PREFIX + length]).unwrap();
         let version = sha256(b"manifest");
         let expected = format!(
             r#"{{"ask":"put","version":"{version}","file":{{"shard":2}},"offset":7,"last":true}}"#
         );
         assert_eq!(header, expected);
-        let (request, piece) = decode::<Request>(&message).unwrap();
-        assert_eq!((request, &piece[..]), (put(), &b"piece"[..]));
+        let (asker, request, piece) = decode::<Request>(&message).unwrap();
+        assert_eq!((asker, request, &piece[..]), (ASKER, put(), &b"piece"[..]));
     }
 
     #[test]
     fn anything_else_is_refused() {
-        let message = encode(&put(), b"piece").unwrap();
+        let message = encode(&ASKER, &put(), b"piece").unwrap();
         for length in 0..message.len() - 5 {
             assert!(decode::<Request>(&message.slice(..length)).is_err(), "{length} bytes");
         }
@@ -356,12 +431,13 @@ mod tests {
             decode::<Request>(&bytes.into()).unwrap_err().to_string()
         };
         assert_eq!(with(0, b'X'), "not a message to or from an agent");
-        assert_eq!(with(4, 2), "message of format 2, expected 1");
-        assert!(with(8, 255).ends_with(" bytes is larger than allowed"));
+        assert_eq!(with(4, 1), "message of format 1, expected 2");
+        assert!(with(24, 255).ends_with(" bytes is larger than allowed"));
         assert!(with(PREFIX, b'!').starts_with("header: "));
-        assert!(encode(&put(), &vec![0; MAX_CHUNK + 1]).is_err());
+        assert!(encode(&ASKER, &put(), &vec![0; MAX_CHUNK + 1]).is_err());
         assert!(decode::<Request>(&vec![0; MAX_MESSAGE + 1].into()).is_err());
-        let unknown = encode(&serde_json::json!({ "ask": "reserve", "more": 1 }), b"").unwrap();
+        let unknown =
+            encode(&ASKER, &serde_json::json!({ "ask": "reserve", "more": 1 }), b"").unwrap();
         assert!(decode::<Request>(&unknown).is_err());
         assert_eq!(Version::parse("../../etc/passwd"), None);
         assert_eq!(Version::parse(&"A".repeat(64)), None);

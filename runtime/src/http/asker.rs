@@ -54,6 +54,12 @@ pub trait Asker: Send + Sync + 'static {
     /// What this process knows of itself.
     fn own(&self) -> Own;
 
+    /// How long a request may take where it does not say itself, if whoever serves the model says so;
+    /// else that is the limit HTTP was started with.
+    fn within(&self) -> Option<Duration> {
+        None
+    }
+
     /// How many nodes the cluster has.
     fn nodes(&self) -> usize;
 }

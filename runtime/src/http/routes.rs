@@ -184,7 +184,7 @@ async fn infer(State(app): Shared, Path(named): Named, head: HeaderMap, body: Bo
     let body = app.body(&head, body, oip::largest_body(&info)).await?;
     let request = oip::read(&body, header, &info).map_err(Problem::bad)?;
     drop(body);
-    let within = request.within.unwrap_or(app.limits.within).min(MAX_WITHIN);
+    let within = request.within.unwrap_or_else(|| app.within()).min(MAX_WITHIN);
     let deadline = Instant::now() + within;
     let turn = place.turn(deadline).await.ok_or_else(|| app.crowded(within))?;
     let answer = app.ask(request.inputs, within, deadline).await?;
@@ -215,7 +215,7 @@ async fn classify_picture(State(app): Shared, head: HeaderMap, body: Body) -> An
         Err(problem) => return Err(spare(body, problem).await),
     };
     let body = app.body(&head, body, app.limits.picture).await?;
-    let within = app.limits.within;
+    let within = app.within();
     let deadline = Instant::now() + within;
     let turn = place.turn(deadline).await.ok_or_else(|| app.crowded(within))?;
     let inputs = app.decode(body, &info, deadline).await?;
@@ -225,6 +225,11 @@ async fn classify_picture(State(app): Shared, head: HeaderMap, body: Body) -> An
 }
 
 impl App {
+    /// How long a request may take that does not say itself.
+    fn within(&self) -> Duration {
+        self.asker.within().unwrap_or(self.limits.within)
+    }
+
     async fn model(&self) -> Result<Arc<ClusterInfo>, Problem> {
         let found = self.asker.model(MODEL_WITHIN).await;
         found.map_err(|error| Problem::new(StatusCode::SERVICE_UNAVAILABLE, error.0))
@@ -286,7 +291,7 @@ impl App {
     ) -> Result<Vec<Tensor>, Problem> {
         let (picture, info) = (Arc::clone(&self.picture), Arc::clone(info));
         let turn = tokio::time::timeout_at(deadline.into(), self.decoders.acquire()).await;
-        let turn = turn.map_err(|_| self.crowded(self.limits.within))?;
+        let turn = turn.map_err(|_| self.crowded(self.within()))?;
         let decoded = tokio::task::spawn_blocking(move || picture(&body, &info)).await;
         drop(turn);
         match decoded {

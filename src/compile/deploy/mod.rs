@@ -1,11 +1,13 @@
 //! `snnc deploy`: a split on its devices, from the folder to the first right answer.
 //!
 //! Takes the command's arguments; finds the agents, says what goes where, and hands over to
-//! [`rollout`], which sends, starts, checks and switches, or leaves everything as it was. `--status` and
+//! [`rollout`], which sends, starts, checks and switches, or leaves everything as it was; meanwhile
+//! nobody else can ([`claim`]). `--status` and
 //! `--stop` ask the agents, `--render` ([`render`]) writes files for other tools. Whatever can be wrong
 //! with the folder is found before any agent is asked for anything.
 
 mod bundle;
+mod claim;
 mod plan;
 mod render;
 mod rollout;
@@ -18,14 +20,17 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
-use snn_runtime::agent::{AGENT_PORT, Remote, find};
+use snn_runtime::agent::{AGENT_PORT, Remote, Settings, find};
 use snn_runtime::key::ClusterKey;
 
 use super::args::Deploy;
 use super::{complain, print};
 use crate::run::block_on;
 use bundle::Bundle;
+use claim::Claim;
+use plan::Plan;
 use rollout::Outcome;
+use trial::Trial;
 
 /// The cluster answered, but wrongly.
 const EXIT_WRONG: u8 = 1;
@@ -34,51 +39,85 @@ const FIND_WITHIN: Duration = Duration::from_millis(2500);
 
 pub(super) fn deploy(args: &Deploy) -> Result<ExitCode> {
     if let (Some(kind), Some(output), Some(dir)) = (args.render, &args.output, &args.dir) {
-        return render::render(&Bundle::read(dir)?, kind, &args.image, output);
+        let bundle = Bundle::read(dir)?;
+        return render::render(&bundle, settings(args), (kind, &args.image), output);
     }
     crate::threads::share_one();
     block_on(ask_agents(args))
+}
+
+/// How the nodes are to run.
+fn settings(args: &Deploy) -> Settings {
+    Settings {
+        degrade_ms: args.degrade,
+        within_ms: args.deadline.map(|deadline| deadline.as_millis() as u64),
+    }
 }
 
 async fn ask_agents(args: &Deploy) -> Result<ExitCode> {
     let key = args.key.as_deref().map(crate::key::read).transpose()?;
     let Some(dir) = &args.dir else {
         let agents = connect(args, key.as_ref()).await?;
-        return match args.stop {
-            true => status::stop(&agents, args.json).await,
-            false => status::status(&agents, args.json).await,
-        };
+        if !args.stop {
+            return status::status(&agents, args.json).await;
+        }
+        let claim = Claim::take(&agents).await.context("claim")?;
+        let stopped = status::stop(&agents, args.json).await;
+        claim.release().await;
+        return stopped;
     };
     let bundle = Bundle::read(dir)?;
     let within = Duration::from_secs(args.within);
     let trials = trial::trials(&bundle, args.input.as_deref(), args.expect.as_deref(), within);
     let trials = trials.await?;
     let agents = connect(args, key.as_ref()).await?;
-    let plan = plan::plan(&bundle, agents).await?;
-    if !args.json {
-        print(format_args!("{}\n", plan.table(&bundle)))?;
-    }
+    let settings = settings(args);
     if args.dry_run {
-        if args.json {
-            print(format_args!("{}\n", json!({ "plan": plan.json(&bundle) })))?;
-        }
+        let plan = plan::plan(&bundle, agents, settings).await?;
+        show(args, &bundle, &plan)?;
         return Ok(ExitCode::SUCCESS);
     }
+    let claim = Claim::take(&agents).await.context("claim")?;
+    let done = async {
+        let plan = plan::plan(&bundle, agents, settings).await?;
+        roll_out(args, key.as_ref(), (&bundle, &plan), &trials).await
+    };
+    let done = done.await;
+    claim.release().await;
+    done
+}
+
+/// Shows what goes where, before it goes; to programs only where nothing else is done.
+fn show(args: &Deploy, bundle: &Bundle, plan: &Plan) -> Result<()> {
+    match (args.json, args.dry_run) {
+        (false, _) => print(format_args!("{}\n", plan.table(bundle))),
+        (true, true) => print(format_args!("{}\n", json!({ "plan": plan.json(bundle) }))),
+        (true, false) => Ok(()),
+    }
+}
+
+async fn roll_out(
+    args: &Deploy,
+    key: Option<&ClusterKey>,
+    (bundle, plan): (&Bundle, &Plan),
+    trials: &[Trial],
+) -> Result<ExitCode> {
+    show(args, bundle, plan)?;
     let tell = |line: &str| {
         if !args.json {
             // A reader that has left is no reason to stop half way.
             let _ = print(format_args!("{line}\n"));
         }
     };
-    let rollout = rollout::Rollout { bundle: &bundle, plan: &plan, key: key.as_ref(), within };
-    let outcome = rollout.run(&trials, &tell).await.context("deploy")?;
-    plan.close().await;
+    let within = Duration::from_secs(args.within);
+    let rollout = rollout::Rollout { bundle, plan, key, within };
+    let outcome = rollout.run(trials, &tell).await.context("deploy")?;
     if args.json {
         let version = bundle.version.as_str();
         let report = match &outcome {
             Outcome::Serves { sent, kept, difference, addresses } => json!({
                 "version": version, "serves": true, "sent": sent, "kept": kept,
-                "difference": difference, "addresses": addresses, "plan": plan.json(&bundle),
+                "difference": difference, "addresses": addresses, "plan": plan.json(bundle),
             }),
             Outcome::Wrong { reason } => {
                 json!({ "version": version, "serves": false, "reason": reason })
@@ -89,7 +128,7 @@ async fn ask_agents(args: &Deploy) -> Result<ExitCode> {
     Ok(match outcome {
         Outcome::Serves { .. } => ExitCode::SUCCESS,
         Outcome::Wrong { reason } => {
-            complain(&format!("{}: deploy: {reason}; rolled back", dir.display()));
+            complain(&format!("{}: deploy: {reason}; rolled back", bundle.dir.display()));
             ExitCode::from(EXIT_WRONG)
         }
     })

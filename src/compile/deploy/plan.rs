@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use comfy_table::Table;
 use serde_json::{Value, json};
-use snn_runtime::agent::{Description, Remote, Version};
+use snn_runtime::agent::{Description, NodeState, Remote, Settings, Version};
 
 use super::all;
 use super::bundle::Bundle;
@@ -42,11 +42,31 @@ impl Place {
 pub(super) struct Plan {
     pub(super) places: Vec<Place>,
     pub(super) spare: Vec<Place>,
+    /// How the nodes are to run.
+    pub(super) settings: Settings,
 }
 
 /// Gives each rank an agent.
-pub(super) async fn plan(bundle: &Bundle, agents: Vec<Arc<Remote>>) -> Result<Plan> {
+pub(super) async fn plan(
+    bundle: &Bundle,
+    agents: Vec<Arc<Remote>>,
+    settings: Settings,
+) -> Result<Plan> {
     let mut places = describe(&agents).await?;
+    for place in &places {
+        let mut running = place.before.versions.iter();
+        let running = running.find(|state| state.version == bundle.version);
+        let running = running.filter(|state| state.state != NodeState::Stopped);
+        if let Some(other) = running.map(|state| state.settings).filter(|other| *other != settings)
+        {
+            bail!(
+                "{}: version {} runs there already with other settings ({other}; asked for: \
+                 {settings}); stop it first: snnc deploy --stop",
+                place.before.name,
+                bundle.version
+            );
+        }
+    }
     let nodes = bundle.manifest.nodes.len();
     if places.len() < nodes {
         let names: Vec<&str> = places.iter().map(|place| place.before.name.as_str()).collect();
@@ -70,7 +90,7 @@ pub(super) async fn plan(bundle: &Bundle, agents: Vec<Arc<Remote>>) -> Result<Pl
     }
     let mut free = free.into_iter();
     let places = by_rank.into_iter().filter_map(|seat| seat.or_else(|| free.next())).collect();
-    Ok(Plan { places, spare: free.collect() })
+    Ok(Plan { places, spare: free.collect(), settings })
 }
 
 /// Asks every agent who it is.
@@ -125,13 +145,6 @@ impl Plan {
             })
         };
         self.places.iter().enumerate().map(place).collect()
-    }
-
-    /// Disconnects from every agent.
-    pub(super) async fn close(&self) {
-        for place in self.everybody() {
-            place.remote.close().await;
-        }
     }
 }
 

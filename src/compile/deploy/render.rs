@@ -1,7 +1,7 @@
 //! `snnc deploy --render`: the same cluster for systemd, Docker Compose or Kubernetes.
 //!
 //! Takes a bundle; writes files to a folder, and says what is left to do. Nodes listen where the manifest
-//! says, else on port [`PORT`] of every interface. The key is mounted, never written; memory is limited
+//! says, else on port [`PORT`] of every interface, and run with the given settings. The key is mounted, never written; memory is limited
 //! to what [`memory_mib`] says a node needs, and every node is started again when it ends. The same
 //! folder gives the same bytes.
 
@@ -9,8 +9,10 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use snn_runtime::agent::Settings;
 
 use super::super::args::Render;
 use super::super::print;
@@ -39,14 +41,15 @@ struct Rendered {
 /// Renders a bundle.
 pub(super) fn render(
     bundle: &Bundle,
-    kind: Render,
-    image: &str,
+    settings: Settings,
+    (kind, image): (Render, &str),
     output: &Path,
 ) -> Result<ExitCode> {
+    let settings = words(settings);
     let (files, next) = match kind {
-        Render::Systemd => systemd(bundle),
-        Render::Compose => compose(bundle, image)?,
-        Render::K8s => k8s(bundle, image),
+        Render::Systemd => systemd(bundle, &settings),
+        Render::Compose => compose(bundle, &settings, image)?,
+        Render::K8s => k8s(bundle, &settings, image),
     };
     fs::create_dir_all(output).with_context(|| format!("{}: write", output.display()))?;
     for file in &files {
@@ -83,13 +86,23 @@ fn peers(bundle: &Bundle, rank: usize) -> Vec<String> {
     known.flat_map(|(address, _)| ["--peer".to_owned(), address]).collect()
 }
 
+/// What a node's command line says of its settings.
+fn words(settings: Settings) -> Vec<String> {
+    let degrade = settings.degrade_ms.map(|ms| ["--degrade".to_owned(), ms.to_string()]);
+    let within = settings.within_ms.map(|ms| {
+        let seconds = Duration::from_millis(ms).as_secs_f64();
+        ["--http-within".to_owned(), seconds.to_string()]
+    });
+    degrade.into_iter().chain(within).flatten().collect()
+}
+
 /// The first line of every file.
 fn head(bundle: &Bundle) -> String {
     let nodes = bundle.manifest.nodes.len();
     format!("# {nodes} nodes, version {}. Written by snnc deploy --render.\n", bundle.version)
 }
 
-fn systemd(bundle: &Bundle) -> (Vec<Rendered>, String) {
+fn systemd(bundle: &Bundle, settings: &[String]) -> (Vec<Rendered>, String) {
     let memory = memory_mib(bundle);
     let unit = |rank: usize| {
         let shard = &bundle.manifest.nodes[rank].shard;
@@ -98,7 +111,7 @@ fn systemd(bundle: &Bundle) -> (Vec<Rendered>, String) {
             "/usr/local/bin/snn-run /var/lib/snn/{shard} --key ${{CREDENTIALS_DIRECTORY}}/cluster.key \
              --listen {listen} --http 127.0.0.1:{HTTP_PORT}"
         );
-        for word in peers(bundle, rank) {
+        for word in settings.iter().cloned().chain(peers(bundle, rank)) {
             let _ = write!(command, " {word}");
         }
         let text = format!(
@@ -149,20 +162,26 @@ fn quoted_list(words: &[String]) -> String {
 }
 
 /// The command of a node whose peers have names of their own, as services have.
-fn command(bundle: &Bundle, rank: usize, key: &str, name: impl Fn(usize) -> String) -> Vec<String> {
+fn command(
+    (bundle, settings): (&Bundle, &[String]),
+    rank: usize,
+    key: &str,
+    name: impl Fn(usize) -> String,
+) -> Vec<String> {
     let shard = format!("/shards/{}", bundle.manifest.nodes[rank].shard);
     let (listen, http) = (format!("0.0.0.0:{PORT}"), format!("0.0.0.0:{HTTP_PORT}"));
     // The container's own network is what its HTTP is open to.
     let fixed =
         ["snn-run", &shard, "--key", key, "--listen", &listen, "--http", &http, "--insecure"];
     let mut command: Vec<String> = fixed.iter().map(|&word| word.to_owned()).collect();
+    command.extend_from_slice(settings);
     for other in (0..bundle.manifest.nodes.len()).filter(|&other| other != rank) {
         command.extend(["--peer".to_owned(), format!("{}:{PORT}", name(other))]);
     }
     command
 }
 
-fn compose(bundle: &Bundle, image: &str) -> Result<(Vec<Rendered>, String)> {
+fn compose(bundle: &Bundle, settings: &[String], image: &str) -> Result<(Vec<Rendered>, String)> {
     let (memory, image) = (memory_mib(bundle), quoted(image));
     let shards = bundle.absolute()?;
     let shards = quoted(&shards.display().to_string());
@@ -174,7 +193,7 @@ fn compose(bundle: &Bundle, image: &str) -> Result<(Vec<Rendered>, String)> {
     );
     for rank in 0..bundle.manifest.nodes.len() {
         let name = |rank: usize| format!("node-{rank}");
-        let command = command(bundle, rank, "/run/secrets/cluster.key", name);
+        let command = command((bundle, settings), rank, "/run/secrets/cluster.key", name);
         let _ = write!(
             text,
             "  node-{rank}:\n    \
@@ -184,6 +203,7 @@ fn compose(bundle: &Bundle, image: &str) -> Result<(Vec<Rendered>, String)> {
              read_only: true\n    \
              cap_drop: [ALL]\n    \
              security_opt: [\"no-new-privileges:true\"]\n    \
+             pids_limit: {TASKS}\n    \
              secrets: [cluster.key]\n    \
              volumes:\n      \
              - type: bind\n        \
@@ -194,8 +214,7 @@ fn compose(bundle: &Bundle, image: &str) -> Result<(Vec<Rendered>, String)> {
              deploy:\n      \
              resources:\n        \
              limits:\n          \
-             memory: {memory}M\n          \
-             pids: {TASKS}\n",
+             memory: {memory}M\n",
             quoted_list(&command),
             usize::from(HTTP_PORT) + rank,
         );
@@ -205,7 +224,7 @@ fn compose(bundle: &Bundle, image: &str) -> Result<(Vec<Rendered>, String)> {
     Ok((vec![Rendered { name: "compose.yaml".into(), text }], next.to_owned()))
 }
 
-fn k8s(bundle: &Bundle, image: &str) -> (Vec<Rendered>, String) {
+fn k8s(bundle: &Bundle, settings: &[String], image: &str) -> (Vec<Rendered>, String) {
     let (memory, image) = (memory_mib(bundle), quoted(image));
     let mut text = head(bundle);
     text.push_str(
@@ -219,7 +238,8 @@ fn k8s(bundle: &Bundle, image: &str) -> (Vec<Rendered>, String) {
     );
     for rank in 0..bundle.manifest.nodes.len() {
         let name = |rank: usize| format!("snn-node-{rank}");
-        let command = quoted_list(&command(bundle, rank, "/key/cluster.key", name));
+        let command = command((bundle, settings), rank, "/key/cluster.key", name);
+        let command = quoted_list(&command);
         let _ = write!(
             text,
             "---\n{}---\n{}",

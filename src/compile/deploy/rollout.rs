@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use snn_runtime::Answer;
 use snn_runtime::agent::wire::{File, Request};
 use snn_runtime::agent::{NodeState, Remote, Version};
 use snn_runtime::client::Client;
@@ -26,6 +27,8 @@ use super::trial::{TOLERANCE, Trial};
 const ORDER_WITHIN: Duration = Duration::from_secs(60);
 /// How long one question to a new cluster may take.
 const ANSWER_WITHIN: Duration = Duration::from_secs(20);
+/// How often a question is asked again whose answer was degraded.
+const WHOLE_ATTEMPTS: usize = 50;
 /// Pause between looks at whether something is done.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// How long requests of the old version may still take: the longest a client may ask for, and a
@@ -162,6 +165,7 @@ impl Rollout<'_> {
                 rank,
                 port: addresses[rank].0,
                 peers: others.map(|(_, (_, address))| address.clone()).collect(),
+                settings: self.plan.settings,
             }
         })
         .await?;
@@ -216,8 +220,8 @@ impl Rollout<'_> {
             let address = std::slice::from_ref(address);
             let client = Client::connect(address, self.key, self.within).await.with_context(at)?;
             for trial in trials {
-                let answer = client.infer(trial.inputs.clone(), ANSWER_WITHIN).await;
-                let off = trial.difference(&answer.with_context(at)?.outputs);
+                let answer = self.whole_answer(&client, trial).await.with_context(at)?;
+                let off = trial.difference(&answer.outputs);
                 difference = difference.max(off);
                 if off > TOLERANCE {
                     let reason = format!(
@@ -231,6 +235,18 @@ impl Rollout<'_> {
             client.close().await;
         }
         Ok(Tried { difference, wrong: None })
+    }
+
+    /// An answer for which every tensor was there in time: a degraded one tells nothing.
+    async fn whole_answer(&self, client: &Client, trial: &Trial) -> Result<Answer> {
+        for _ in 0..WHOLE_ATTEMPTS {
+            let answer = client.infer(trial.inputs.clone(), ANSWER_WITHIN).await?;
+            if !answer.degraded {
+                return Ok(answer);
+            }
+        }
+        let wait = self.plan.settings.degrade_ms.unwrap_or_default();
+        bail!("{WHOLE_ATTEMPTS} answers were degraded: tensors take longer than {wait} ms")
     }
 
     /// Drains and stops every other version, everywhere.

@@ -10,7 +10,7 @@ use anyhow::Result;
 use comfy_table::Table;
 use serde_json::{Value, json};
 use snn_runtime::agent::wire::Request;
-use snn_runtime::agent::{NodeState, Remote, VersionState};
+use snn_runtime::agent::{NodeState, Remote, Settings, VersionState};
 
 use super::super::print;
 use super::plan::{Place, describe};
@@ -89,7 +89,11 @@ fn table(places: &[Place]) -> String {
                 let serves = Some(&state.version) == place.before.current.as_ref();
                 let trial = if serves { "" } else { " (not serving)" };
                 let rank = state.rank.map_or_else(|| "-".to_owned(), |rank| rank.to_string());
-                [format!("{}{trial}", state.version), rank, state.state.to_string()]
+                let how = match state.settings == Settings::default() {
+                    true => String::new(),
+                    false => format!(" ({})", state.settings),
+                };
+                [format!("{}{trial}", state.version), rank, format!("{}{how}", state.state)]
             })
             .collect();
         if rows.is_empty() {
@@ -112,6 +116,7 @@ fn in_json(place: &Place) -> Value {
             "version": state.version.as_str(),
             "rank": state.rank,
             "node": state.state,
+            "settings": state.settings,
             "serves": Some(&state.version) == place.before.current.as_ref(),
         })
     };
