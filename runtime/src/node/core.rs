@@ -87,7 +87,8 @@ impl Core {
             Event::PeerUp { rank, .. } => {
                 tracing::debug!(rank, "peer is there");
                 if self.missing.send_if_modified(|missing| missing.remove(&rank)) {
-                    self.log.note(format!("rank {rank} is there"));
+                    // Its own process, or one that stands in.
+                    self.log.note(format!("rank {rank} is computed"));
                 }
             }
             Event::PeerDown { rank } => self.lose(rank),

@@ -137,6 +137,17 @@ impl Node {
         lock(&self.core.report).clone()
     }
 
+    /// Says in the report that the node's process was started for the rank `home`, and stands in for
+    /// another.
+    pub fn note_guest_of(&self, home: usize) {
+        lock(&self.core.report).guest_of = Some(home);
+    }
+
+    /// Counts that this node's process has taken over a rank.
+    pub fn note_takeover(&self) {
+        lock(&self.core.report).takeovers += 1;
+    }
+
     /// What records when the node computed, sent and waited.
     pub fn recorder(&self) -> &Recorder {
         &self.core.recorder

@@ -12,6 +12,9 @@ use crate::watch::Histogram;
 pub struct NodeReport {
     /// The node's rank.
     pub rank: usize,
+    /// The rank its process was started for, where it stands in for another process.
+    #[serde(default)]
+    pub guest_of: Option<usize>,
     /// Requests it has done its part of.
     pub requests: u64,
     /// Requests that ended before it was done.
@@ -32,6 +35,9 @@ pub struct NodeReport {
     /// Answers marked as degraded, on the node that gives them.
     #[serde(default)]
     pub degraded: u64,
+    /// Ranks its process has taken over, in the report of the rank the process was started for.
+    #[serde(default)]
+    pub takeovers: u64,
     /// What each receive was waited for, in the order of the shard.
     pub receives: Vec<ReceiveReport>,
     /// What has been sent by each send, in the order of the shard.
