@@ -91,7 +91,6 @@ struct Process {
     homes: watch::Receiver<Homes>,
     reruns: Reruns,
     ranks: Mutex<BTreeMap<usize, Computed>>,
-    takeovers: Mutex<u64>,
 }
 
 /// When a request that failed is run again from its inputs.
@@ -138,11 +137,10 @@ impl Server {
         let info = shard.identity().clone();
         let (homes, watch) = link.homes(&info.split).await?;
         let shelf = Shelf::new(&shard, bytes);
-        let (ranks, takeovers) = Default::default();
+        let ranks = Mutex::default();
         let can_go_on = options.takeover || options.degrade.is_some();
         let reruns = Reruns { can_go_on, ..Reruns::default() };
-        let process =
-            Process { link, engines, options, info, shelf, homes, reruns, ranks, takeovers };
+        let process = Process { link, engines, options, info, shelf, homes, reruns, ranks };
         let process = Arc::new(process);
         process.compute(&shard, Role::Home).await?;
         let mut tasks = JoinSet::new();
@@ -155,9 +153,15 @@ impl Server {
         Ok(Server { process, tasks, _watch: watch })
     }
 
-    /// The address that other nodes can connect to, with its real port.
+    /// The address that other nodes can connect to, with its real port; the router's where the cluster
+    /// is reached through one.
     pub fn address(&self) -> &str {
         self.process.link.address()
+    }
+
+    /// Whether one of those connected is a router.
+    pub async fn meets_router(&self) -> bool {
+        self.process.link.meets_router().await
     }
 
     /// Offers a file that may be the shard of `rank`, so that it need not be fetched from a peer.
@@ -191,7 +195,7 @@ impl Server {
 
     /// How often this process has taken over a rank.
     pub fn takeovers(&self) -> u64 {
-        *self.process.takeovers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.process.own().takeovers
     }
 
     /// What this process has recorded, a lane for each rank it computes.
@@ -234,7 +238,7 @@ impl Process {
             reports: ranks.values().map(|computed| computed.node.report()).collect(),
             missing: home.map(|home| home.missing()).unwrap_or_default(),
             events: home.map(|home| home.log().latest()).unwrap_or_default(),
-            takeovers: *self.takeovers.lock().unwrap_or_else(PoisonError::into_inner),
+            takeovers: home.map(|home| home.report().takeovers).unwrap_or_default(),
         }
     }
 
@@ -253,6 +257,9 @@ impl Process {
         let engines = Arc::clone(&self.engines);
         // Loaded before anybody hears of it: from then on it is waited for.
         let mut node = Node::load(shard, move || engines()).await?;
+        if role == Role::Guest {
+            node.note_guest_of(self.info.rank);
+        }
         if self.options.trace {
             node.recorder().start();
         }
@@ -328,8 +335,10 @@ impl Process {
         tracing::info!(rank, "standing in");
         match self.compute(&shard, Role::Guest).await {
             Ok(()) => {
-                *self.takeovers.lock().unwrap_or_else(PoisonError::into_inner) += 1;
-                self.note(format!("standing in for rank {rank}"));
+                if let Some(home) = self.ranks().get(&self.info.rank) {
+                    home.node.note_takeover();
+                    home.node.log().note(format!("standing in for rank {rank}"));
+                }
                 true
             }
             Err(error) => {

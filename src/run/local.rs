@@ -282,6 +282,8 @@ pub(super) struct Device {
     pub(super) insecure: bool,
     /// Name by which the nodes of the cluster look for each other.
     pub(super) cluster: String,
+    /// How long a tensor is waited for, where not as long as the request may take.
+    pub(super) degrade: Option<Duration>,
 }
 
 /// Where a child can be reached.
@@ -560,17 +562,18 @@ fn serve_child(orders: &Orders) -> Result<()> {
         cluster: device.map(|device| device.cluster.clone()),
         // Where a process of one machine dies, that is worth knowing, not hiding.
         takeover: device.is_some(),
-        degrade: None,
+        degrade: device.and_then(|device| device.degrade),
         http: orders.http.clone(),
         open_http: orders.insecure,
         trace: orders.trace,
         trace_file: None,
+        through_router: false,
         emulation: orders.emulation,
     };
     let tell = |progress: Progress<'_>| match progress {
         Progress::Listening(address) => say(&format!("listening {address}")),
         Progress::Http(address) => say(&format!("http {address}")),
-        Progress::Waiting(_) | Progress::StandingIn(_) => {}
+        Progress::Waiting(_) | Progress::StandingIn(_) | Progress::Through(_) => {}
         Progress::Ready => say("ready"),
     };
     let stop = async {

@@ -29,6 +29,9 @@ use super::{args, http, trace};
 const ANYWHERE: &str = "0.0.0.0:0";
 /// How often the list of missing peers is looked at, to say what has changed.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How long missing peers that a router may stand between are waited for before the cluster is looked for
+/// behind it: on one network nodes meet within a few hundred ms.
+const ROUTER_AFTER: Duration = Duration::from_secs(1);
 /// How long ending may take: leaving the cluster takes milliseconds, a segment perhaps a second.
 const STOP_WITHIN: Duration = Duration::from_secs(3);
 
@@ -69,6 +72,8 @@ pub(super) struct Setup {
     pub(super) trace_file: Option<PathBuf>,
     /// What it is slowed down to.
     pub(super) emulation: Emulation,
+    /// Whether the cluster is reached through a router, as may turn out.
+    pub(super) through_router: bool,
 }
 
 /// How far a node has come.
@@ -76,6 +81,8 @@ pub(super) struct Setup {
 pub(super) enum Progress<'a> {
     /// It can be connected to at this address.
     Listening(&'a str),
+    /// It reaches its cluster through the router at this address, and cannot be connected to.
+    Through(&'a str),
     /// HTTP will be answered at this address.
     Http(SocketAddr),
     /// These ranks are missing.
@@ -105,9 +112,13 @@ pub(super) async fn node(node: args::Node) -> Result<ExitCode> {
         open_http: node.insecure,
         trace: node.trace.is_some(),
         trace_file: node.trace,
+        through_router: false,
     };
     let tell = |progress: Progress<'_>| match progress {
         Progress::Listening(address) => super::progress(format_args!("listening on {address}")),
+        Progress::Through(address) => {
+            super::progress(format_args!("through the router at {address}"));
+        }
         Progress::Http(address) => {
             super::progress(format_args!("http://{address}"));
             if let Some(warning) = http::warning(address) {
@@ -138,7 +149,8 @@ pub(super) async fn node(node: args::Node) -> Result<ExitCode> {
 ///
 /// A process that was frozen, or whose machine slept, while others could stand in for it joins again as
 /// a new one: its peers have closed their ends of its connections, and what it holds of them is stale.
-/// The trace file then tells of the time since.
+/// The trace file then tells of the time since. So does a node that finds itself alone with a router: it
+/// joins through it, as a client.
 pub(super) async fn serve(
     setup: &Setup,
     tell: &(dyn Fn(Progress<'_>) + Sync),
@@ -167,14 +179,16 @@ pub(super) async fn serve(
             left = stay(&server, &setup, tell) => left.with_context(|| file.clone()),
         };
         // Should it join again, it is where it was.
-        setup.listen = Some(server.address().to_owned());
+        if !setup.through_router {
+            setup.listen = Some(server.address().to_owned());
+        }
         if let Some(http) = http {
             if let Some(settings) = &mut setup.http {
                 settings.address = http.address().to_string();
             }
             http.stop().await;
         }
-        let rejoins = matches!(left, Ok(Left::Frozen));
+        let rejoins = matches!(left, Ok(Left::Frozen | Left::AloneWithRouter));
         let written = match &setup.trace_file {
             Some(path) if !rejoins => trace::write(&trace::by_wall_clock(server.lanes()), path),
             _ => Ok(()),
@@ -186,7 +200,8 @@ pub(super) async fn serve(
         if !rejoins {
             return left.map(drop).and(written);
         }
-        tracing::info!("was frozen, joins again");
+        setup.through_router |= matches!(left, Ok(Left::AloneWithRouter));
+        tracing::info!(through_router = setup.through_router, "joins again");
         rejoining_until = Some(Instant::now() + REJOIN_WITHIN);
     }
 }
@@ -198,6 +213,8 @@ enum Left {
     Stopped,
     /// It stood still for so long that its peers may have given it up.
     Frozen,
+    /// It is connected to a router, and not to the peers it waits for.
+    AloneWithRouter,
 }
 
 async fn start(
@@ -217,7 +234,10 @@ async fn start(
         tell(Progress::Http(http.address()));
     }
     let link = Link::open(&options).await.context("listen")?;
-    tell(Progress::Listening(link.address()));
+    match setup.through_router {
+        true => tell(Progress::Through(link.address())),
+        false => tell(Progress::Listening(link.address())),
+    }
     let Emulation { times, link: slowed } = setup.emulation;
     let threads = setup.threads;
     let engines = Arc::new(move || emulation::engine(threads, times));
@@ -242,7 +262,8 @@ async fn stay(
     setup: &Setup,
     tell: &(dyn Fn(Progress<'_>) + Sync),
 ) -> Result<Left> {
-    let deadline = setup.timeout.map(|timeout| Instant::now() + timeout);
+    let start = Instant::now();
+    let deadline = setup.timeout.map(|timeout| start + timeout);
     let mut told = None;
     let mut told_taken = BTreeSet::new();
     loop {
@@ -255,6 +276,15 @@ async fn stay(
         let ever_ready = told.as_ref().is_some_and(BTreeSet::is_empty);
         if !missing.is_empty() && late && !ever_ready {
             bail!("peers: {} missing after {} s", ranks(&missing), seconds(setup.timeout));
+        }
+        // An agent's node must be reached at its own address.
+        let may_move = !setup.through_router && setup.cluster.is_none() && !ever_ready;
+        if may_move
+            && !missing.is_empty()
+            && start.elapsed() > ROUTER_AFTER
+            && server.meets_router().await
+        {
+            return Ok(Left::AloneWithRouter);
         }
         let taken = server.stands_in_for();
         if taken != told_taken {
@@ -319,7 +349,8 @@ fn options(setup: &Setup, shard: &Shard, manifest: Option<&Manifest>) -> Result<
     let key = setup.key.as_deref().map(crate::key::read).transpose()?;
     let name = setup.cluster.as_ref().unwrap_or(&shard.identity().split);
     let scout = setup.is_open().then(|| name.clone());
-    Ok(Options { listen, peers, key, insecure: setup.insecure, scout })
+    let (insecure, through_router) = (setup.insecure, setup.through_router);
+    Ok(Options { listen, peers, key, insecure, scout, through_router })
 }
 
 /// Reads the manifest of a folder.

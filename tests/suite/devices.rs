@@ -68,6 +68,21 @@ impl Devices {
             line
         };
         let lines: Vec<Vec<String>> = places.into_iter().enumerate().map(line).collect();
+        Devices::run(folder, lines, addresses)
+    }
+
+    /// Four nodes that know nobody but a router each, in turn, and are asked at these.
+    pub(crate) fn start_behind(folder: tempfile::TempDir, routers: Vec<String>) -> Devices {
+        let line = |rank: usize| {
+            let shard = folder.path().join(format!("shard_{rank}.onnx")).display().to_string();
+            let router = routers[rank % routers.len()].clone();
+            [SNN_RUN.to_owned(), shard, "--peer".to_owned(), router].into()
+        };
+        let lines = (0..4).map(line).collect();
+        Devices::run(folder, lines, routers)
+    }
+
+    fn run(folder: tempfile::TempDir, lines: Vec<Vec<String>>, addresses: Vec<String>) -> Devices {
         let processes = lines.iter().map(|line| spawn(line)).collect();
         Devices { _folder: folder, lines, processes, addresses }
     }

@@ -12,6 +12,7 @@ mod reference;
 
 mod cluster;
 
+mod agents;
 mod boards;
 mod commands;
 mod degrade;
@@ -23,6 +24,7 @@ mod garbage;
 mod http;
 mod overlap;
 mod processes;
+mod routers;
 mod segment;
 mod survival;
 mod trained;

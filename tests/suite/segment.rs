@@ -40,7 +40,7 @@ fn configure(line: &str) -> Result<(), String> {
 }
 
 /// Devices around a switch.
-struct Segment {
+pub(crate) struct Segment {
     switch: String,
     devices: Vec<String>,
     /// First three numbers of all addresses.
@@ -49,7 +49,7 @@ struct Segment {
 
 impl Segment {
     /// A segment of `count` devices; where none can be made, says why.
-    fn new(count: usize) -> Option<Segment> {
+    pub(crate) fn new(count: usize) -> Option<Segment> {
         let (process, number) = (std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
         let name = format!("snn{:x}-{number}", process & 0xf_ffff);
         // The addresses for measuring networks, which nobody has.
@@ -96,6 +96,19 @@ impl Segment {
         }
     }
 
+    /// Lets no device reach another: only this process, at [`Segment::here`].
+    pub(crate) fn isolate(&self) {
+        for number in 0..self.devices.len() {
+            let line = format!("bridge -n {} link set dev d{number} isolated on", self.switch);
+            configure(&line).unwrap();
+        }
+    }
+
+    /// This process's own address.
+    pub(crate) fn here(&self) -> String {
+        format!("{}.254", self.net)
+    }
+
     /// A command that runs on a device.
     fn prefix(&self, device: usize) -> Vec<String> {
         ["ip", "netns", "exec", &self.devices[device]].map(str::to_owned).into()
@@ -106,7 +119,7 @@ impl Segment {
     }
 
     /// Starts a node on a device.
-    fn node(&self, device: usize, arguments: &[&str]) -> Node {
+    pub(crate) fn node(&self, device: usize, arguments: &[&str]) -> Node {
         let prefix = self.prefix(device);
         let mut command = Command::new(&prefix[0]);
         command.args(&prefix[1..]).arg(SNN_RUN).args(arguments);
@@ -130,7 +143,7 @@ impl Drop for Segment {
 }
 
 /// A node on a device.
-struct Node {
+pub(crate) struct Node {
     process: NodeProcess,
     address: String,
 }
@@ -138,7 +151,7 @@ struct Node {
 impl Node {
     /// Reads what the node says until it is ready.
     #[track_caller]
-    fn said_until_ready(&mut self) -> Vec<String> {
+    pub(crate) fn said_until_ready(&mut self) -> Vec<String> {
         let mut said = Vec::new();
         loop {
             let line = self.process.line();

@@ -14,6 +14,9 @@
 //! - Lost connections are tried again for as long as the link lives.
 //! - Connected nodes tell each other whom they know (gossip), so one address of a cluster is enough
 //!   to join all of it; none is needed where multicast reaches ([`Options::scout`]).
+//! - Nodes that cannot reach each other meet through a zenoh router. Routers pass on what clients say,
+//!   but nothing between two peers (since zenoh 1.10), so such a node is a client of its router
+//!   ([`Options::through_router`]); it listens to nobody then, and is asked at the router's address.
 //! - With a [`ClusterKey`] nothing is said to anybody who cannot prove to have it.
 //!
 //! A payload is handed to zenoh without a copy, and copied once on arrival.
@@ -88,6 +91,8 @@ pub struct Options {
     pub insecure: bool,
     /// Looks by multicast for others who look for the same name; nobody is looked for without one.
     pub scout: Option<String>,
+    /// Whether to reach the cluster through the first router among the peers alone.
+    pub through_router: bool,
 }
 
 impl Default for Options {
@@ -98,6 +103,7 @@ impl Default for Options {
             key: None,
             insecure: false,
             scout: None,
+            through_router: false,
         }
     }
 }
@@ -167,7 +173,38 @@ impl Link {
     /// # Errors
     /// An unusable address, or one that cannot be bound.
     pub async fn open(options: &Options) -> Result<Link, LinkError> {
-        Link::open_with(options, &[]).await
+        match options.through_router {
+            true => Link::open_through_router(options).await,
+            false => Link::open_with(options, &[]).await,
+        }
+    }
+
+    /// Opens a router: a process at which nodes meet that cannot reach each other.
+    ///
+    /// # Errors
+    /// As [`Link::open`].
+    pub async fn open_router(options: &Options) -> Result<Link, LinkError> {
+        Link::open_with(options, &[("mode", "\"router\"")]).await
+    }
+
+    /// Waits for the first router among the peers, and connects to it and nobody else.
+    async fn open_through_router(options: &Options) -> Result<Link, LinkError> {
+        let key = options.key.as_ref();
+        let peers: Vec<String> =
+            options.peers.iter().map(|peer| parse_address(peer, key)).collect::<Result<_, _>>()?;
+        loop {
+            for peer in &peers {
+                let opened = zenoh::open(client_config(std::slice::from_ref(peer), key)?).await;
+                if let Ok(session) = opened {
+                    let link = Link { session, address: peer.clone() };
+                    if link.meets_router().await {
+                        return Ok(link);
+                    }
+                    link.close().await?;
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(RETRY_MS.1)).await;
+        }
     }
 
     /// The same for a process that is found and connected to, and connects to nobody by itself.
@@ -201,9 +238,15 @@ impl Link {
         Err(LinkError::Session { reason: last })
     }
 
-    /// The address that other nodes can connect to, with its real port.
+    /// The address that other nodes can connect to, with its real port; the router's where the cluster
+    /// is reached through one.
     pub fn address(&self) -> &str {
         &self.address
+    }
+
+    /// Whether one of those connected is a router.
+    pub async fn meets_router(&self) -> bool {
+        self.session.info().routers_zid().await.next().is_some()
     }
 
     /// The session, for queries beside the frames.
