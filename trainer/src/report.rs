@@ -30,7 +30,7 @@ const STYLE: &str = ":root{color-scheme:light dark;--paper:#fff;--ink:#1f2328;--
 body{font:16px/1.5 system-ui,sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color:var(--ink);background:var(--paper)}\
 table{border-collapse:collapse;margin:1em 0}th,td{padding:.3em .8em;border-bottom:1px solid var(--line);text-align:right;font-variant-numeric:tabular-nums}\
 th{border-bottom-width:2px}th:first-child,td:first-child,th.left,td.left{text-align:left}\
-.wide{overflow-x:auto}.curves{display:flex;flex-wrap:wrap;gap:12px}h2{margin-top:2em}h3{margin:1.5em 0 .5em}.note{color:var(--faint);font-size:.9em}\
+.wide{overflow-x:auto}.stack{display:flex;flex-direction:column}th{white-space:nowrap}.curves{display:flex;flex-wrap:wrap;gap:12px}h2{margin-top:2em}h3{margin:1.5em 0 .5em}.note{color:var(--faint);font-size:.9em}\
 .intensive{color:var(--red)}svg text{fill:var(--ink)}svg .lane{stroke:var(--line)}svg .send{stroke:var(--blue)}svg .head{fill:var(--blue)}\
 svg [fill=\"#000000\"]{fill:var(--ink)}svg [stroke=\"#000000\"]{stroke:var(--faint)}";
 

@@ -71,6 +71,7 @@ impl Chart<'_> {
             .build_cartesian_2d(self.bounds(|point| point.0), self.bounds(|point| point.1))?;
         let mut mesh = chart.configure_mesh();
         mesh.x_desc(self.axes.0).y_desc(self.axes.1).x_labels(6).y_labels(6);
+        mesh.x_label_formatter(&tick).y_label_formatter(&tick);
         mesh.light_line_style(TRANSPARENT).bold_line_style(BLACK.mix(0.12)).draw()?;
         for ((name, points), colour) in self.curves.iter().zip(COLOURS.iter().cycle()) {
             let style = ShapeStyle::from(colour).stroke_width(2);
@@ -85,6 +86,12 @@ impl Chart<'_> {
         area.present()?;
         Ok(())
     }
+}
+
+/// A number at an axis, without the `.0` of whole ones.
+fn tick(number: &f64) -> String {
+    // Ticks lie on round numbers, but for what adding them up leaves.
+    format!("{}", (number * 1e6).round() / 1e6)
 }
 
 /// Averages neighbours until no more than [`POINTS`] are left.
@@ -111,7 +118,7 @@ pub(super) struct Heat<'a> {
 }
 
 impl Heat<'_> {
-    /// Draws it: the darker the more often.
+    /// Draws it: the stronger the colour the more often.
     pub(super) fn draw(&self) -> Result<String, TrainError> {
         let mut svg = String::new();
         self.draw_on(&mut svg).map_err(|error| TrainError::Report(error.to_string()))?;
@@ -135,6 +142,7 @@ impl Heat<'_> {
         };
         let mut mesh = chart.configure_mesh();
         mesh.disable_mesh().x_desc("step").x_labels(5).y_labels(self.rows.len());
+        mesh.x_label_formatter(&tick);
         mesh.y_label_style(("sans-serif", 9)).y_label_formatter(&name).draw()?;
         let wide = self.steps as f64 / self.bins.len().max(1) as f64;
         let cells = self.bins.iter().enumerate().flat_map(|(bin, shares)| {
@@ -142,8 +150,8 @@ impl Heat<'_> {
             taken.map(move |(row, share)| {
                 let from = (bin as f64 * wide, SegmentValue::Exact(row));
                 let to = ((bin + 1) as f64 * wide, SegmentValue::Exact(row + 1));
-                // The rarest choices would else be too pale to be seen.
-                Rectangle::new([from, to], COLOURS[0].mix(0.08 + 0.92 * share).filled())
+                // Among many options each is rare: in proportion most would be too pale to be seen.
+                Rectangle::new([from, to], COLOURS[0].mix(share.sqrt()).filled())
             })
         });
         chart.draw_series(cells)?;
@@ -155,6 +163,11 @@ impl Heat<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ticks_are_short() {
+        assert_eq!([5.0, 0.2 + 0.1, 1e-4].map(|number| tick(&number)), ["5", "0.3", "0.0001"]);
+    }
 
     #[test]
     fn many_points_are_averaged() {

@@ -1,7 +1,7 @@
 //! What the controller sampled while it learned: for each step of a policy, how often each decision.
 //!
 //! Takes the lines of stage 2 and gives heat-maps: time from left to right, a row a decision (or a
-//! level), darker where it was taken more often. A controller that settles shows as one dark row.
+//! level), the stronger the more often. A controller that settles shows as one strong row.
 
 use snn_schemas::Decision;
 
@@ -37,7 +37,7 @@ pub(super) fn distributions(config: &Config, lines: &[Line]) -> Result<String, T
         return Ok(html);
     }
     let note = "<p class=\"note\">For each step of a policy, t0 first: which decisions (numbered as in the paper's Table 3; • every group sends) \
-and which shares of the feature maps the controller sampled in stage 2, from its first step to its last. The darker the more often.</p>\n";
+and which shares of the feature maps the controller sampled in stage 2, from its first step to its last. The stronger the colour the more often.</p>\n";
     Ok(format!("<h2>Sampled decisions</h2>\n{note}{html}"))
 }
 
@@ -55,12 +55,14 @@ fn heats(
         let bins = shares(sampled, rows.len(), |policy| row_of(policy.get(step)?[0]));
         let title = format!("t{step}: decision");
         let steps = sampled.len();
+        html.push_str("<div class=\"stack\">\n");
         html += &Heat { title: &title, rows: &rows, bins: &bins, steps }.draw()?;
         if levels {
             let bins = shares(sampled, names.len(), |policy| Some(policy.get(step)?[1]));
             let title = format!("t{step}: sent");
             html += &Heat { title: &title, rows: &names, bins: &bins, steps }.draw()?;
         }
+        html.push_str("</div>\n");
     }
     Ok(html)
 }
