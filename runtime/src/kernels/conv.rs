@@ -2,120 +2,16 @@
 //!
 //! [`Conv::new`] takes a [`ConvSpec`], weights `[out, in / groups, height, width]` and a bias; what it
 //! cannot do it refuses with a [`ConvError`]. [`Conv::run`] takes a planar or blocked input and tensors
-//! to add, and fills a blocked output. An input stored without the zeros that pad it, or with a stride
-//! that no kernel has, is first copied to where taps of neighbouring pixels are neighbours; an input
-//! with a margin of zeros, such as another convolution's [`ConvSpec::halo`], is read where it stands.
+//! to add, and fills a blocked output; where it reads the input is said by [`super::gather`].
 //!
 //! Output channels go in tiles of one or two blocks, pixels in strips of a row: see [`super::strip`].
 
 use std::cell::RefCell;
 
+use super::gather::{Gather, gather, offsets, row_step, start};
+use super::spec::{ConvError, ConvSpec, check, expect, flat, of_group};
 use super::strip::{Kernel, Strip};
-use super::{Activation, Aligned, Isa, Workers, table};
-
-/// Rows and columns of zeros around an image, stored with it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Halo {
-    /// Rows above.
-    pub top: usize,
-    /// Columns before.
-    pub left: usize,
-    /// Rows below.
-    pub bottom: usize,
-    /// Columns after.
-    pub right: usize,
-}
-
-impl Halo {
-    /// Whether there is none.
-    pub fn is_none(self) -> bool {
-        self == Halo::default()
-    }
-
-    /// On each side the larger of two.
-    pub fn max(self, other: Halo) -> Halo {
-        Halo {
-            top: self.top.max(other.top),
-            left: self.left.max(other.left),
-            bottom: self.bottom.max(other.bottom),
-            right: self.right.max(other.right),
-        }
-    }
-
-    /// Whether `other` fits into it.
-    fn covers(self, other: Halo) -> bool {
-        self.max(other) == self
-    }
-
-    /// Height and width of an image with its halo.
-    pub fn around(self, [height, width]: [usize; 2]) -> [usize; 2] {
-        [height + self.top + self.bottom, width + self.left + self.right]
-    }
-}
-
-/// What is convolved, and how. Dilation is 1.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct ConvSpec {
-    /// Images.
-    pub batch: usize,
-    /// Channels taken.
-    pub input: usize,
-    /// Channels given.
-    pub output: usize,
-    /// Groups that do not mix.
-    pub groups: usize,
-    /// Height and width of the input, without its margin.
-    pub image: [usize; 2],
-    /// Zeros stored around the input, for its padding.
-    pub margin: Halo,
-    /// Height and width of the kernel.
-    pub kernel: [usize; 2],
-    /// Rows and columns from one output pixel to the next.
-    pub stride: [usize; 2],
-    /// Zeros taken to stand around the input.
-    pub pads: Halo,
-    /// Zeros that stand around the output: they are left as they are.
-    pub halo: Halo,
-    /// Whether the input is planar.
-    pub planar: bool,
-    /// What follows the sums.
-    pub activation: Activation,
-}
-
-impl ConvSpec {
-    /// Height and width of the output, without its halo.
-    pub fn extent(&self) -> Option<[usize; 2]> {
-        let padded = self.pads.around(self.image);
-        let mut extent = [0; 2];
-        for axis in 0..2 {
-            let free = padded[axis].checked_sub(self.kernel[axis])?;
-            extent[axis] = free.checked_div(self.stride[axis])? + 1;
-        }
-        Some(extent)
-    }
-}
-
-/// Why a convolution cannot be computed here.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ConvError {
-    /// Sizes that make no convolution.
-    #[error("{0}")]
-    Spec(&'static str),
-    /// The machine lacks the instruction set.
-    #[error("{0:?} is not available")]
-    Isa(Isa),
-    /// A tensor of another size than the convolution's.
-    #[error("{what} has {found} elements, expected {expected}")]
-    Size {
-        /// Which tensor.
-        what: &'static str,
-        /// Its elements.
-        found: usize,
-        /// Elements it should have.
-        expected: usize,
-    },
-}
+use super::{Aligned, Isa, Shared, Workers, table};
 
 /// A tensor added to a convolution.
 #[derive(Clone, Copy, Debug)]
@@ -174,36 +70,6 @@ struct Piece {
     first: usize,
     tiles: usize,
     kernel: Kernel,
-}
-
-/// Where a copy of the input stands: row by row, the columns of one residue of the stride together.
-#[derive(Clone, Copy, Debug)]
-struct Gather {
-    /// Rows of the copy.
-    rows: usize,
-    /// Residues of the column by the stride that some tap meets.
-    phases: usize,
-    /// Columns of one residue.
-    columns: usize,
-    /// By which columns are told apart.
-    stride: usize,
-    /// Elements of a pixel.
-    pixel: usize,
-}
-
-impl Gather {
-    fn row(&self) -> usize {
-        self.phases * self.columns * self.pixel
-    }
-
-    fn plane(&self) -> usize {
-        self.rows * self.row()
-    }
-}
-
-/// Output channels of a group and input channels of it.
-fn of_group(spec: &ConvSpec) -> [usize; 2] {
-    [spec.output / spec.groups, spec.input / spec.groups]
 }
 
 impl Conv {
@@ -348,7 +214,7 @@ impl Conv {
             return table::dense(self.isa, depth, pixels, self.spec.planar, self.step);
         }
         let neighbours = self.step == self.spec.stride[1];
-        let row = if neighbours { self.spec.kernel[1] } else { 0 };
+        let row = if neighbours { self.spec.kernel[1] } else { 1 };
         table::lanes(self.isa, pixels, row, self.step)
     }
 
@@ -430,7 +296,7 @@ impl Conv {
         match &self.gather {
             None => self.convolve(input, addends, output, workers),
             Some(gather) => COPY.with_borrow_mut(|copy| {
-                self.copy(gather, input, copy, workers);
+                gather.copy(&self.spec, (input, self.planes()), copy, workers);
                 self.convolve(copy.as_slice(), addends, output, workers);
             }),
         }
@@ -444,61 +310,6 @@ impl Conv {
             false => self.spec.input.div_ceil(self.isa.lanes()),
         };
         self.spec.batch * per_image
-    }
-
-    fn copy(&self, gather: &Gather, input: &[f32], copy: &mut Aligned, workers: &dyn Workers) {
-        let planes = self.planes();
-        // A planar row may be read to the end of a vector.
-        copy.resize(planes * gather.plane());
-        let (from, to) = (input.len() / planes, gather.plane());
-        if workers.count() == 1 {
-            let planes = input.chunks_exact(from).zip(copy.as_mut_slice().chunks_exact_mut(to));
-            planes.for_each(|(from, to)| self.copy_plane(gather, from, to));
-            return;
-        }
-        let target = Shared(copy.as_mut_slice().as_mut_ptr());
-        workers.run(planes, &|plane| {
-            // SAFETY: each task has a plane of its own within the copy.
-            let to = unsafe { std::slice::from_raw_parts_mut(target.at(plane * to), to) };
-            self.copy_plane(gather, &input[plane * from..][..from], to);
-        });
-    }
-
-    fn copy_plane(&self, gather: &Gather, from: &[f32], to: &mut [f32]) {
-        let (spec, pixel) = (&self.spec, gather.pixel);
-        let [height, width] = spec.image;
-        let stored = spec.margin.around(spec.image)[1];
-        let skips_rows = spec.kernel[0] < spec.stride[0];
-        for (row, to) in to.chunks_exact_mut(gather.row()).enumerate() {
-            if skips_rows && row % spec.stride[0] >= spec.kernel[0] {
-                continue;
-            }
-            let Some(y) = row.checked_sub(spec.pads.top).filter(|&y| y < height) else {
-                to.fill(0.0);
-                continue;
-            };
-            let first = (y + spec.margin.top) * stored + spec.margin.left;
-            let from = &from[first * pixel..][..width * pixel];
-            if gather.stride == 1 {
-                // Padding, row, padding.
-                let left = (spec.pads.left * pixel).min(to.len());
-                let middle = from.len().min(to.len() - left);
-                to[..left].fill(0.0);
-                to[left..left + middle].copy_from_slice(&from[..middle]);
-                to[left + middle..].fill(0.0);
-                continue;
-            }
-            for phase in 0..gather.phases {
-                let columns = to[phase * gather.columns * pixel..].chunks_exact_mut(pixel);
-                for (column, to) in columns.take(gather.columns).enumerate() {
-                    let x = (column * gather.stride + phase).checked_sub(spec.pads.left);
-                    match x.filter(|&x| x < width) {
-                        Some(x) => to.copy_from_slice(&from[x * pixel..][..pixel]),
-                        None => to.fill(0.0),
-                    }
-                }
-            }
-        }
     }
 
     fn convolve(
@@ -542,15 +353,21 @@ impl Conv {
         let addend_plane = height * width * lanes;
         let output_blocks = spec.output.div_ceil(lanes);
         let input_planes = self.planes() / spec.batch;
-        for row in rows {
-            let (y, at) = (row % height, row / height);
+        let mut next = rows.start;
+        while next < rows.end {
+            // The rows of one tile of channels of one image, as far as they are asked for.
+            let at = next / height;
+            let ys = next % height..(rows.end - at * height).min(height);
+            next = at * height + ys.end;
             let (tile, image) = (&self.tiles[at % self.tiles.len()], at / self.tiles.len());
             let block = image * output_blocks + tile.block;
-            let input_at =
-                (image * input_planes + tile.first) * input_plane + self.start + y * self.row_step;
-            let output_at =
-                block * output_plane + (y + spec.halo.top) * output_row + spec.halo.left * lanes;
-            let addend_at = block * addend_plane + y * width * lanes;
+            let input_at = (image * input_planes + tile.first) * input_plane
+                + self.start
+                + ys.start * self.row_step;
+            let output_at = block * output_plane
+                + (ys.start + spec.halo.top) * output_row
+                + spec.halo.left * lanes;
+            let addend_at = block * addend_plane + ys.start * width * lanes;
             let mut added = [std::ptr::null(); 2];
             for (added, addend) in added.iter_mut().zip(addends) {
                 *added = match addend {
@@ -559,16 +376,13 @@ impl Conv {
                 };
             }
             for piece in self.pieces.iter().filter(|piece| piece.depth == tile.depth) {
-                let add = |from: *const f32| match from.is_null() {
-                    true => from,
-                    false => from.wrapping_add(piece.first * lanes),
-                };
-                let strip = Strip {
-                    input: input[input_at..].as_ptr().wrapping_add(piece.first * self.step * pixel),
+                let input = input[input_at..].as_ptr();
+                let mut strip = Strip {
+                    input: input.wrapping_add(piece.first * self.step * pixel),
                     weights: self.weights.as_slice()[tile.weights..].as_ptr(),
                     bias: self.bias.as_slice()[tile.block * lanes..].as_ptr(),
                     output: output.at(output_at + piece.first * lanes),
-                    addends: added.map(add),
+                    addends: added.map(|from| shifted(from, piece.first * lanes)),
                     tiles: piece.tiles,
                     taps: &self.taps,
                     blocks: tile.blocks,
@@ -579,110 +393,27 @@ impl Conv {
                     activation: spec.activation,
                     shuffles: &self.shuffles,
                 };
-                // SAFETY: the kernel is of an instruction set that the machine has (`Conv::new`).
-                // `run` has checked the tensors' sizes, from which all steps follow: the last tap of
-                // the last pixel of a row lies in the (gathered) input by the definition of
-                // `extent`, and every output row belongs to one task.
-                unsafe { (piece.kernel)(&strip) };
+                for _ in ys.clone() {
+                    // SAFETY: the kernel is of an instruction set that the machine has
+                    // (`Conv::new`). `run` has checked the tensors' sizes, from which all steps
+                    // follow: the last tap of the last pixel of a row lies in the (gathered) input
+                    // by the definition of `extent`, and every output row belongs to one task.
+                    unsafe { (piece.kernel)(&strip) };
+                    strip.input = strip.input.wrapping_add(self.row_step);
+                    strip.output = strip.output.wrapping_add(output_row);
+                    strip.addends = strip.addends.map(|from| shifted(from, width * lanes));
+                }
             }
         }
     }
 }
 
-/// Memory that several tasks write, each its own part.
-#[derive(Clone, Copy)]
-pub(super) struct Shared(pub(super) *mut f32);
-
-// SAFETY: tasks write disjoint parts, and the memory outlives them: `Workers::run` returns when all
-// are done.
-unsafe impl Send for Shared {}
-// SAFETY: as above.
-unsafe impl Sync for Shared {}
-
-impl Shared {
-    pub(super) fn at(self, offset: usize) -> *mut f32 {
-        self.0.wrapping_add(offset)
+/// A pointer moved on, unless it is null.
+fn shifted(from: *const f32, by: usize) -> *const f32 {
+    match from.is_null() {
+        true => from,
+        false => from.wrapping_add(by),
     }
-}
-
-pub(super) fn expect(what: &'static str, found: usize, expected: usize) -> Result<(), ConvError> {
-    match found == expected {
-        true => Ok(()),
-        false => Err(ConvError::Size { what, found, expected }),
-    }
-}
-
-fn check(spec: ConvSpec) -> Result<ConvSpec, ConvError> {
-    let counts = [spec.batch, spec.input, spec.output, spec.groups];
-    let extents = [spec.image, spec.kernel, spec.stride].concat();
-    if counts.into_iter().chain(extents).any(|count| count == 0) {
-        return Err(ConvError::Spec("something is 0"));
-    }
-    if !spec.input.is_multiple_of(spec.groups) || !spec.output.is_multiple_of(spec.groups) {
-        return Err(ConvError::Spec("groups do not divide the channels"));
-    }
-    Ok(spec)
-}
-
-/// A 1×1 convolution that moves nothing sees one long row.
-fn flat(spec: ConvSpec) -> ConvSpec {
-    let still = spec.kernel == [1, 1] && spec.stride == [1, 1];
-    match still && [spec.pads, spec.halo, spec.margin].into_iter().all(Halo::is_none) {
-        true => ConvSpec { image: [1, spec.image[0] * spec.image[1]], ..spec },
-        false => spec,
-    }
-}
-
-fn gather(spec: &ConvSpec, extent: [usize; 2], lanes: usize) -> Option<Gather> {
-    let widest = if spec.planar { 1 } else { table::WIDEST_STEP };
-    // Kernels take small strides as they are.
-    let stride = if spec.stride[1] <= widest { 1 } else { spec.stride[1] };
-    if spec.margin.covers(spec.pads) && stride == 1 {
-        return None;
-    }
-    Some(Gather {
-        rows: (extent[0] - 1) * spec.stride[0] + spec.kernel[0],
-        phases: stride.min(spec.kernel[1]),
-        columns: ((extent[1] - 1) * spec.stride[1] + spec.kernel[1] - 1) / stride + 1,
-        stride,
-        pixel: if spec.planar { 1 } else { lanes },
-    })
-}
-
-/// Elements of a row in what kernels read.
-fn row(spec: &ConvSpec, gather: Option<&Gather>, lanes: usize) -> usize {
-    let pixel = if spec.planar { 1 } else { lanes };
-    gather.map_or(spec.margin.around(spec.image)[1] * pixel, Gather::row)
-}
-
-/// Where the first tap of the first pixel is in what kernels read.
-fn start(spec: &ConvSpec, gather: Option<&Gather>, lanes: usize) -> usize {
-    if gather.is_some() {
-        return 0;
-    }
-    let pixel = if spec.planar { 1 } else { lanes };
-    let (margin, pads) = (spec.margin, spec.pads);
-    (margin.top - pads.top) * row(spec, gather, lanes) + (margin.left - pads.left) * pixel
-}
-
-/// Elements from one output row's first pixel to the next one's, in what kernels read.
-fn row_step(spec: &ConvSpec, gather: Option<&Gather>, lanes: usize) -> usize {
-    spec.stride[0] * row(spec, gather, lanes)
-}
-
-/// Offset of each tap from a pixel's first, in what kernels read.
-fn offsets(spec: &ConvSpec, gather: Option<&Gather>, lanes: usize) -> Vec<usize> {
-    let pixel = if spec.planar { 1 } else { lanes };
-    let row = row(spec, gather, lanes);
-    let columns = gather.map_or(0, |gather| gather.columns);
-    let stride = gather.map_or(1, |gather| gather.stride);
-    let mut taps = Vec::new();
-    for y in 0..spec.kernel[0] {
-        for x in 0..spec.kernel[1] {
-            taps.push(y * row + (x % stride * columns + x / stride) * pixel);
-        }
-    }
-    taps
 }
 
 /// Lane numbers for groups that divide a vector; empty where they don't.

@@ -6,7 +6,7 @@
 
 use half::f16;
 
-use super::conv::{ConvError, Halo, expect};
+use super::spec::{ConvError, Halo, expect};
 use super::sum::{Sum, SumSpec, Term};
 use super::turn::{Element, Planes, PlanesRun, planes_of};
 use super::{Activation, Alone, Isa};

@@ -17,8 +17,10 @@
 
 pub mod conv;
 pub mod layout;
+pub mod spec;
 pub mod sum;
 
+mod gather;
 mod lanes;
 mod peak;
 mod strip;
@@ -27,9 +29,10 @@ mod table;
 mod tests;
 mod turn;
 
-pub use conv::{Addend, Conv, ConvError, ConvSpec, Halo};
+pub use conv::{Addend, Conv};
 pub use layout::{Planar, PlanarMut, block, unblock};
 pub use peak::fma_loop;
+pub use spec::{ConvError, ConvSpec, Halo};
 pub use sum::{MOST_TERMS, Sum, SumSpec, Term};
 
 /// An instruction set that kernels exist for.
@@ -165,5 +168,21 @@ impl Aligned {
     pub fn as_mut_slice(&mut self) -> &mut [f32] {
         // SAFETY: as above, and `self` is borrowed for as long.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+    }
+}
+
+/// Memory that several tasks write, each its own part.
+#[derive(Clone, Copy)]
+struct Shared(*mut f32);
+
+// SAFETY: tasks write disjoint parts, and the memory outlives them: `Workers::run` returns when all
+// are done.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    fn at(self, offset: usize) -> *mut f32 {
+        self.0.wrapping_add(offset)
     }
 }

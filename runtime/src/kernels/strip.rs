@@ -99,8 +99,8 @@ pub(crate) unsafe fn dense<
 /// Groups of as many output as input channels that divide a vector; one, where it is depthwise.
 ///
 /// # Safety
-/// As for [`dense`]; the input is blocked. `KW` is 0, or the length of a row of taps at neighbouring
-/// pixels.
+/// As for [`dense`]; the input is blocked. `KW` is the length of a row of taps at neighbouring pixels,
+/// 1 where each tap is by itself.
 #[inline(always)]
 pub(crate) unsafe fn lanes<L: Lanes, const PX: usize, const KW: usize, const STEP: usize>(
     strip: &Strip<'_>,
@@ -112,11 +112,9 @@ pub(crate) unsafe fn lanes<L: Lanes, const PX: usize, const KW: usize, const STE
         unsafe {
             let mut sums = start::<L, 1, PX>(strip);
             let input = strip.input.add(first * STEP * L::WIDTH);
-            match (KW, channels) {
-                (0, 1) => apart::<L, PX, STEP, true>(strip, input, &mut sums[0]),
-                (0, _) => apart::<L, PX, STEP, false>(strip, input, &mut sums[0]),
-                (_, 1) => neighbours::<L, PX, KW, STEP, true>(strip, input, &mut sums[0]),
-                (_, _) => neighbours::<L, PX, KW, STEP, false>(strip, input, &mut sums[0]),
+            match channels {
+                1 => neighbours::<L, PX, KW, STEP, true>(strip, input, &mut sums[0]),
+                _ => neighbours::<L, PX, KW, STEP, false>(strip, input, &mut sums[0]),
             }
             finish::<L, 1, PX>(strip, first, sums);
         }
@@ -139,31 +137,6 @@ unsafe fn shuffled<L: Lanes, const DEPTHWISE: bool>(
     }
 }
 
-/// Each tap by itself.
-#[inline(always)]
-unsafe fn apart<L: Lanes, const PX: usize, const STEP: usize, const DEPTHWISE: bool>(
-    strip: &Strip<'_>,
-    input: *const f32,
-    sums: &mut [L::V; PX],
-) {
-    let channels = if DEPTHWISE { 1 } else { strip.shuffles.len() / L::WIDTH };
-    let mut weights = strip.weights;
-    // SAFETY: the caller's promise.
-    unsafe {
-        for &tap in strip.taps {
-            let from = input.add(tap);
-            for i in 0..channels {
-                let w = L::load(weights);
-                for p in 0..PX {
-                    let x = shuffled::<L, DEPTHWISE>(strip, from.add(p * STEP * L::WIDTH), i);
-                    sums[p] = L::fma(x, w, sums[p]);
-                }
-                weights = weights.add(L::WIDTH);
-            }
-        }
-    }
-}
-
 /// A row of neighbouring taps at a time: a vector, once shuffled, serves `KW` pixels.
 #[inline(always)]
 unsafe fn neighbours<
@@ -181,7 +154,7 @@ unsafe fn neighbours<
     let mut weights = strip.weights;
     // SAFETY: the caller's promise.
     unsafe {
-        for taps in strip.taps.chunks_exact(KW.max(1)) {
+        for taps in strip.taps.chunks_exact(KW) {
             let from = input.add(taps[0]);
             for i in 0..channels {
                 let mut vectors = [L::splat(0.0); KW];

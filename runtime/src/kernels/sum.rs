@@ -5,10 +5,10 @@
 //! written; it may be of f16, and may have fewer channels than the sum: the others count as zero. What is
 //! added may lie in the result's own memory.
 
-use super::conv::{ConvError, Halo, Shared, expect};
 use super::layout::Planar;
+use super::spec::{ConvError, Halo, expect};
 use super::turn::{Part, Planes, SumRun, sums};
-use super::{Activation, Isa, Workers};
+use super::{Activation, Isa, Shared, Workers};
 
 /// Most tensors of a sum.
 pub const MOST_TERMS: usize = 4;

@@ -133,8 +133,8 @@ macro_rules! choose_lanes {
             (5, 1) => lanes_of_width!($function, $px, 5, 1, $($width)*),
             (3, 2) => lanes_of_width!($function, $px, 3, 2, $($width)*),
             (5, 2) => lanes_of_width!($function, $px, 5, 2, $($width)*),
-            (_, 1) => lanes_of_width!($function, $px, 0, 1, $($width)*),
-            (_, 2) => lanes_of_width!($function, $px, 0, 2, $($width)*),
+            (_, 1) => lanes_of_width!($function, $px, 1, 1, $($width)*),
+            (_, 2) => lanes_of_width!($function, $px, 1, 2, $($width)*),
             _ => None,
         }
     };
