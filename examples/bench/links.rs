@@ -4,6 +4,7 @@
 //! clusters stand side by side and are asked one after another, so that whatever else the machine does
 //! meets all of them alike.
 
+use std::fs;
 use std::net::TcpStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -14,8 +15,10 @@ use snn::run::emulation::Emulation;
 use snn::run::input::Array;
 use snn::run::local::{Host, LocalCluster, LocalOptions};
 use snn_runtime::NodeReport;
-use snn_runtime::watch::trace::hidden;
+use snn_runtime::client::ClusterInfo;
+use snn_runtime::watch::trace::{document, hidden};
 use snn_schemas::cost::Link;
+use snn_schemas::metadata::Normalisation;
 
 /// Requests that are not counted: until every segment's least time is known.
 const WARM_UP: usize = 12;
@@ -30,6 +33,8 @@ pub(crate) struct Orders {
     pub(crate) times: f64,
     pub(crate) requests: usize,
     pub(crate) hosts: Vec<Place>,
+    /// Where the trace of the four goes.
+    pub(crate) trace: Option<PathBuf>,
 }
 
 /// A namespace.
@@ -103,7 +108,7 @@ async fn measure(orders: &Orders) -> Result<Measured> {
     let four = LocalCluster::start(&orders.split, apart).await.context("four devices")?;
     let emulated = LocalCluster::start(&orders.split, emulated).await.context("emulated")?;
     let clusters = [one, four, emulated];
-    let input = noise(&clusters[0].info().inputs.first().context("the model has no input")?.shape);
+    let input = picture(clusters[0].info())?;
     for cluster in &clusters {
         for _ in 0..WARM_UP {
             cluster.infer(std::slice::from_ref(&input)).await?;
@@ -125,7 +130,12 @@ async fn measure(orders: &Orders) -> Result<Measured> {
     for ((cluster, before), latencies) in clusters.iter().zip(&before).zip(latencies) {
         measured.push(means(before, &cluster.reports().await?, latencies));
     }
-    let hidden = hidden(&clusters[1].trace().await?).share();
+    let lanes = clusters[1].trace().await?;
+    if let Some(path) = &orders.trace {
+        fs::write(path, document(&lanes).to_string())
+            .with_context(|| path.display().to_string())?;
+    }
+    let hidden = hidden(&lanes).share();
     for cluster in clusters {
         cluster.stop().await?;
     }
@@ -146,9 +156,16 @@ fn means(before: &[NodeReport], after: &[NodeReport], latencies: Vec<f64>) -> Cl
     Cluster { nodes: before.iter().zip(after).map(node).collect(), latencies }
 }
 
-fn noise(shape: &[usize]) -> Array {
-    let value = |at: usize| (at * 7919 % 257) as f32 / 128.0 - 1.0;
-    Array { shape: shape.to_vec(), data: (0..shape.iter().product()).map(value).collect() }
+/// A picture as the model takes it.
+fn picture(info: &ClusterInfo) -> Result<Array> {
+    let shape = info.inputs.first().context("the model has no input")?.shape.clone();
+    let channels = shape.get(1).copied().unwrap_or(1);
+    let plane = shape.iter().skip(2).product::<usize>().max(1);
+    let entries = &info.metadata;
+    let get = |key: &str| entries.iter().find(|(k, _)| k == key).map(|(_, value)| value.as_str());
+    let normalisation = Normalisation::read(get, channels)?;
+    let value = |at: usize| normalisation.value(at / plane % channels, (at * 7919 % 256) as u8);
+    Ok(Array { data: (0..shape.iter().product()).map(value).collect(), shape })
 }
 
 /// How long a packet takes to the second namespace and back: a connection that is refused.

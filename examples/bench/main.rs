@@ -53,6 +53,9 @@ struct Args {
     /// Python with the package onnxruntime
     #[arg(long, default_value = "python3")]
     python: PathBuf,
+    /// Folder for traces of the four in their namespaces, one a link, which Perfetto opens
+    #[arg(long)]
+    traces: Option<PathBuf>,
     /// Folder for bench.json and bench.svg
     #[arg(short, long, default_value = ".")]
     output: PathBuf,
@@ -93,6 +96,9 @@ fn run(args: &Args) -> Result<()> {
             times,
             requests: args.requests,
             hosts: namespaces.hosts(),
+            trace: args.traces.as_ref().map(|folder| {
+                folder.join(format!("trace_{}mbit.json", link.bits_per_second / 1e6))
+            }),
         };
         measured.push((link, namespaces.run_in_first(ORDERS, &serde_json::to_string(&orders)?)?));
     }

@@ -7,8 +7,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
+use prost::Message as _;
 use snn_compiler::{Nodes, Options, PolicySource, Source, Split, compile, flops};
 use snn_schemas::manifest::MANIFEST_FILE;
+use snn_schemas::metadata::Normalisation;
 
 use crate::fixtures::{sep_resnext, style};
 
@@ -32,7 +34,7 @@ impl Models {
         let read = |path: &Path| fs::read(path).with_context(|| path.display().to_string());
         let folder = tempfile::tempdir()?;
         let paper = |groups| sep_resnext(56, [4, 16], 64, groups, 100).onnx(style("burn"));
-        let bytes = model.map_or_else(|| Ok(paper(4)), read)?;
+        let bytes = model.map_or_else(|| normalised(paper(4)), read)?;
         let policy = policy.map_or_else(|| Ok(TABLE_6.as_bytes().to_vec()), read)?;
         let policy = PolicySource::from_bytes(&policy).context("policy")?;
         let source = Source::from_bytes(bytes.clone().into())?;
@@ -82,4 +84,14 @@ impl Models {
     pub(crate) fn ordinary(&self) -> PathBuf {
         self.folder.path().join("ordinary.onnx")
     }
+}
+
+/// The model with CIFAR-100's normalisation in its metadata: its input travels as pixels.
+fn normalised(model: Vec<u8>) -> Result<Vec<u8>> {
+    let mut model = Source::from_bytes(model.into())?.model;
+    let (mean, std) = (vec![0.5071, 0.4865, 0.4409], vec![0.2673, 0.2564, 0.2762]);
+    for (key, value) in (Normalisation { mean, std }).entries() {
+        model.set_metadata(&key, &value);
+    }
+    Ok(model.encode_to_vec())
 }
