@@ -121,7 +121,7 @@ fn print_candidates(outcome: &Outcome) {
 }
 
 fn split(model: &Source, policy: &PolicySource, nodes: Nodes) -> Result<Split> {
-    Ok(compile(model, Some(policy), &Options { nodes, input_shape: None })?)
+    Ok(compile(model, Some(policy), &Options { nodes, ..Options::default() })?)
 }
 
 /// The class of each image, by the whole network in this process.

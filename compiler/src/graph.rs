@@ -194,12 +194,22 @@ pub struct Graph {
     pub coded: BTreeMap<TensorId, Coded>,
     /// Version of the standard op set.
     pub opset: i64,
+    /// Channels of the pictures that the model takes, where its metadata says how they become numbers.
+    pub normalised: Option<usize>,
 }
 
 impl Graph {
     /// An empty graph for ops of version `opset`.
     pub fn new(opset: i64) -> Graph {
         Graph { opset, ..Graph::default() }
+    }
+
+    /// Whether a tensor is an input that pictures are made into by a rule in the model's metadata.
+    pub fn is_picture(&self, tensor: TensorId) -> bool {
+        let known = self.tensor(tensor);
+        let channels = known.shape.get(1).filter(|_| known.shape.len() == 4).copied();
+        let fits = channels.is_some() && channels == self.normalised && known.elem == FLOAT;
+        fits && self.inputs.contains(&tensor)
     }
 
     /// Adds an input of the model.

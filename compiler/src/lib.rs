@@ -24,14 +24,14 @@ mod shapes;
 
 use sha2::{Digest, Sha256};
 use snn_schemas::Policy;
-use snn_schemas::cost::Piece;
+use snn_schemas::cost::{Device, Link, Piece, Plan};
 use snn_schemas::manifest::{BlockEntry, MANIFEST_VERSION, Manifest, NodeEntry, Port, Transfer};
 use snn_schemas::metadata::ShardInfo;
 
 pub use cost::Work;
 pub use error::CompileError;
 pub use exchange::exchange;
-pub use placement::{Placement, place};
+pub use placement::{Placement, Stem, place};
 pub use read::{Source, read};
 pub use shards::Shard;
 
@@ -85,6 +85,18 @@ pub struct Options {
     pub nodes: Nodes,
     /// Shape of the model's first input where the model leaves it open.
     pub input_shape: Option<Vec<usize>>,
+    /// What the nodes are and what connects them. Where it is known, the stem is copied or sent, whichever
+    /// the cost model predicts to be faster; otherwise bytes decide.
+    pub target: Option<Target>,
+}
+
+/// Devices and their links, all alike.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Target {
+    /// A node's device.
+    pub device: Device,
+    /// Its link to the others.
+    pub link: Link,
 }
 
 /// A split network.
@@ -119,9 +131,32 @@ pub fn compile(
     };
     verify::check(verify::graph(&grouped.graph))?;
     let placement = place_groups(&grouped, &options.nodes)?;
-    let split = split(source, &model, place(grouped, placement), policy);
+    let split = match &options.target {
+        None => split(source, &model, place(grouped, placement, Stem::default()), policy),
+        Some(target) => {
+            let place = |stem| place(grouped.clone(), placement.clone(), stem);
+            let split = |stem| split(source, &model, place(stem), policy);
+            fastest(split(Stem::default()), [Stem::Copied, Stem::Sent].map(split), target)
+        }
+    };
     verify::check(verify::cluster(&split))?;
     Ok(split)
+}
+
+/// The split that is predicted to be fastest on `target`; the first of those that are alike.
+fn fastest(first: Split, others: impl IntoIterator<Item = Split>, target: &Target) -> Split {
+    let latency = |split: &Split| {
+        let plan = Plan::of_manifest(&split.manifest);
+        let devices = std::slice::from_ref(&target.device);
+        let predicted = plan.and_then(|plan| plan.predict(devices, &target.link).ok());
+        predicted.map_or(f64::INFINITY, |predicted| predicted.latency)
+    };
+    let first = (latency(&first), first);
+    let best = others.into_iter().fold(first, |best, split| match latency(&split) {
+        faster if faster < best.0 => (faster, split),
+        _ => best,
+    });
+    best.1
 }
 
 /// Floating-point operations of a model's convolutions and matrix products as it stands, split or
@@ -218,7 +253,14 @@ fn split_id(source: &Source, policy: Option<&PolicySource>, placed: &Placed) -> 
         graph.inputs.iter().map(|&tensor| graph.tensor(tensor).shape.as_slice()).collect();
     let policy = policy.map_or("none", |policy| policy.sha256.as_str());
     let ranks = placed.placement.ranks();
-    sha256(format!("{TOOL}\n{}\n{policy}\n{ranks:?}\n{shapes:?}", source.sha256).as_bytes())
+    let mut text = format!("{TOOL}\n{}\n{policy}\n{ranks:?}\n{shapes:?}", source.sha256);
+    if placed.stem != Stem::default() {
+        text += &format!("\nstem {:?}", placed.stem);
+    }
+    if let Some(channels) = graph.normalised {
+        text += &format!("\npixels {channels}");
+    }
+    sha256(text.as_bytes())
 }
 
 fn manifest(

@@ -2,11 +2,11 @@
 //!
 //! Takes a [`Grouped`] graph and a rank for each group; gives [`Placed`]. Ops of a group go to the
 //! group's node; the head to the node of the group that feeds it, which is also where the model's
-//! input arrives and its output leaves (the *entry*). The stem is copied to every node that needs it
-//! unless sending its result takes fewer bytes than sending its input: computed at the same time
-//! everywhere, a copy costs no latency, so bytes alone decide.
+//! input arrives and its output leaves (the *entry*). Who computes the stem is [`Stem`]'s.
 
 use std::collections::{BTreeMap, BTreeSet};
+
+use snn_schemas::codec::Pixels;
 
 use crate::error::CompileError;
 use crate::graph::{Graph, OpId, TensorId};
@@ -51,6 +51,19 @@ impl Placement {
     }
 }
 
+/// Who computes the stem.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stem {
+    /// Every node that needs it, unless sending its result takes fewer bytes than sending its input:
+    /// computed at the same time everywhere, a copy costs no latency, so bytes alone decide.
+    #[default]
+    FewestBytes,
+    /// Every node that needs it.
+    Copied,
+    /// The entry node, which sends its result to the others.
+    Sent,
+}
+
 /// A graph whose every op has its nodes.
 #[derive(Clone, Debug)]
 pub struct Placed {
@@ -64,6 +77,8 @@ pub struct Placed {
     pub placement: Placement,
     /// Rank that takes the input and gives the output.
     pub entry: usize,
+    /// Who was to compute the stem.
+    pub stem: Stem,
     /// The nodes that compute each op; several for copies of the stem, none where a codec does it.
     pub homes: BTreeMap<OpId, BTreeSet<usize>>,
 }
@@ -90,13 +105,13 @@ impl Placed {
 }
 
 /// Places every op.
-pub fn place(grouped: Grouped, placement: Placement) -> Placed {
+pub fn place(grouped: Grouped, placement: Placement, stem: Stem) -> Placed {
     let Grouped { mut graph, groups, blocks } = grouped;
     graph.remove_dead();
     let entry = entry(&graph, &placement);
-    let mut homes = homes(&graph, &placement, entry);
+    let mut homes = homes(&graph, &placement, (entry, stem));
     leave_to_codecs(&graph, &mut homes);
-    Placed { graph, groups, blocks, placement, entry, homes }
+    Placed { graph, groups, blocks, placement, entry, stem, homes }
 }
 
 /// Takes away the ops of a quantisation whose result is only taken on other nodes: the codec computes it.
@@ -131,7 +146,11 @@ fn entry(graph: &Graph, placement: &Placement) -> usize {
     feeding.first().map_or(0, |group| placement.ranks[group.0])
 }
 
-fn homes(graph: &Graph, placement: &Placement, entry: usize) -> BTreeMap<OpId, BTreeSet<usize>> {
+fn homes(
+    graph: &Graph,
+    placement: &Placement,
+    (entry, who): (usize, Stem),
+) -> BTreeMap<OpId, BTreeSet<usize>> {
     let order = graph.order();
     let mut homes: BTreeMap<OpId, BTreeSet<usize>> = BTreeMap::new();
     let mut stem: BTreeSet<OpId> = BTreeSet::new();
@@ -148,7 +167,12 @@ fn homes(graph: &Graph, placement: &Placement, entry: usize) -> BTreeMap<OpId, B
     }
     for rank in (0..placement.nodes).filter(|&rank| rank != entry) {
         let needs = needs(graph, &stem, |op| homes[&op].contains(&rank));
-        if is_copied(graph, &stem, &needs) {
+        let is_copied = match who {
+            Stem::FewestBytes => is_shorter(graph, &stem, &needs),
+            Stem::Copied => true,
+            Stem::Sent => false,
+        };
+        if is_copied {
             for op in needs.ops.into_iter().filter(|&op| graph.op(op).proto.is_some()) {
                 homes.entry(op).or_default().insert(rank);
             }
@@ -181,10 +205,13 @@ fn needs(graph: &Graph, stem: &BTreeSet<OpId>, mine: impl Fn(OpId) -> bool) -> N
 }
 
 /// Whether sending the inputs takes no more bytes than sending the stem's results.
-fn is_copied(graph: &Graph, stem: &BTreeSet<OpId>, needs: &Needs) -> bool {
-    let bytes = |tensors: &mut dyn Iterator<Item = TensorId>| -> u64 {
-        tensors.map(|tensor| graph.tensor(tensor).bytes()).sum()
+fn is_shorter(graph: &Graph, stem: &BTreeSet<OpId>, needs: &Needs) -> bool {
+    let bytes_of = |tensor: TensorId| match graph.is_picture(tensor) {
+        true => Pixels::CODEC.likely_bytes(&graph.tensor(tensor).shape).unwrap_or(0) as u64,
+        false => graph.tensor(tensor).bytes(),
     };
+    let bytes =
+        |tensors: &mut dyn Iterator<Item = TensorId>| -> u64 { tensors.map(bytes_of).sum() };
     let is_input = |op: &&OpId| stem.contains(op) && graph.op(**op).proto.is_none();
     let mut inputs = needs.ops.iter().filter(is_input).flat_map(|&op| graph.op(op).outputs.clone());
     bytes(&mut inputs) <= bytes(&mut needs.results.iter().copied())

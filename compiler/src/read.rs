@@ -8,6 +8,7 @@
 use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
+use snn_schemas::metadata::{Normalisation, is_normalised};
 use snn_schemas::onnx::{
     self, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, tensor_proto,
 };
@@ -121,6 +122,7 @@ pub fn read(source: &Source, input_shape: Option<&[usize]>) -> Result<Model, Com
     reader.read_graph(proto, &inputs)?;
     let mut graph = reader.graph;
     graph.remove_dead();
+    graph.normalised = normalised(model, &graph);
     let subgraph = proto.node.iter().find(|node| holds_graph(node));
     Ok(Model {
         graph,
@@ -128,6 +130,14 @@ pub fn read(source: &Source, input_shape: Option<&[usize]>) -> Result<Model, Com
         ir_version: model.ir_version(),
         subgraph: subgraph.map(|node| (node_name(node).into(), node.op_type().into())),
     })
+}
+
+/// Channels of the input that the model's metadata says how to make of a picture.
+fn normalised(model: &ModelProto, graph: &Graph) -> Option<usize> {
+    let get = |key: &str| model.metadata(key);
+    let shapes = graph.inputs.iter().map(|&tensor| &graph.tensor(tensor).shape);
+    let mut channels = shapes.filter(|shape| shape.len() == 4).map(|shape| shape[1]);
+    channels.find(|&channels| is_normalised(get) && Normalisation::read(get, channels).is_ok())
 }
 
 /// Every output of the model is made by something.

@@ -9,6 +9,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 
+use snn_schemas::codec::Pixels;
 use snn_schemas::{Codec, Dtype, Packing};
 
 use crate::graph::{Exchange, FLOAT16, Graph, GroupId, OpId, TensorId};
@@ -32,10 +33,14 @@ pub struct Cut {
 }
 
 impl Cut {
-    /// Bytes of its payload, at most where zeros are packed.
+    /// Bytes of its payload: at most where zeros are packed, a picture's where pixels are.
     pub fn bytes(&self, graph: &Graph) -> u64 {
         let tensor = graph.tensor(self.tensor);
-        self.codec.bytes(&tensor.shape).map_or(tensor.bytes(), |bytes| bytes as u64)
+        let bytes = match self.codec.packing {
+            Packing::Pixels => self.codec.likely_bytes(&tensor.shape),
+            Packing::None | Packing::Zeros => self.codec.bytes(&tensor.shape),
+        };
+        bytes.map_or(tensor.bytes(), |bytes| bytes as u64)
     }
 }
 
@@ -77,6 +82,9 @@ pub fn cuts(placed: &Placed) -> Vec<Cut> {
 
 /// How a tensor travels to `taker`.
 fn codec(placed: &Placed, tensor: TensorId, taker: &Taker) -> Codec {
+    if placed.graph.is_picture(tensor) {
+        return Pixels::CODEC;
+    }
     let packing = taker.exchange.map_or(Packing::None, |exchange| exchange.packing);
     match placed.graph.coded.get(&tensor) {
         Some(coded) => Codec { dtype: coded.dtype, signed: coded.signed, packing },

@@ -38,6 +38,7 @@ pub fn transfer(manifest: &Manifest, transfer: &Transfer) -> String {
     let (packed, most) = match packing {
         Packing::None => ("", ""),
         Packing::Zeros => (" zeros packed", "≤ "),
+        Packing::Pixels => (" as pixels", ""),
     };
     let whole = shape(&whole);
     format!("t{id}  {name}  {whole}{keep} {dtype}{packed}  {from} → {to}  {most}{bytes} B")

@@ -226,13 +226,14 @@ mod tests {
     fn pair() -> (Placed, Vec<Cut>, [Vec<Action>; 2]) {
         let (graph, tensors) = line();
         let placement = Placement::even(2, 2).expect("two nodes");
+        let stem = crate::Stem::default();
         let ranks = [0, 1, 0];
         let home = |(tensor, rank): (&TensorId, usize)| {
             (graph.tensor(*tensor).producer, BTreeSet::from([rank]))
         };
         let homes: BTreeMap<_, _> = tensors.iter().zip(ranks).map(home).collect();
         let [x, a, b] = tensors.map(|tensor| graph.tensor(tensor).producer);
-        let placed = Placed { graph, groups: 2, blocks: vec![], placement, entry: 0, homes };
+        let placed = Placed { graph, groups: 2, blocks: vec![], placement, entry: 0, stem, homes };
         let cuts = cuts(&placed);
         let first =
             vec![Action::Compute(x), Action::Send(0), Action::Receive(1), Action::Compute(b)];

@@ -32,7 +32,7 @@ impl Model {
         let read = |path: &Path| fs::read(path).with_context(|| path.display().to_string());
         let source = Source::from_bytes(read(model)?.into())?;
         let policy = PolicySource::from_bytes(&read(policy)?)?;
-        let options = Options { nodes: Nodes::PerGroup, input_shape: None };
+        let options = Options { nodes: Nodes::PerGroup, ..Options::default() };
         let split = compile(&source, Some(&policy), &options)?;
         let folder = tempfile::tempdir()?;
         snn::compile::write(&split, folder.path())?;

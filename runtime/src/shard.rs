@@ -8,10 +8,14 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt::Write as _;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
-use snn_schemas::metadata::{MetadataError, RECV_OP, SEND_OP, SNN_DOMAIN, ShardInfo};
+use snn_schemas::codec::Pixels;
+use snn_schemas::metadata::{
+    MetadataError, Normalisation, RECV_OP, SEND_OP, SNN_DOMAIN, ShardInfo,
+};
 use snn_schemas::onnx::tensor_proto::DataType;
 use snn_schemas::onnx::{self, GraphProto, ModelProto, NodeProto, OnnxError, ValueInfoProto};
 use snn_schemas::wire::MAX_FRAME;
@@ -91,6 +95,8 @@ pub struct Program {
     pub inputs: Vec<Slot>,
     /// The model's outputs, on the entry node.
     pub outputs: Vec<Slot>,
+    /// What the pixels of a picture are worth, where the model's input travels as such.
+    pub pixels: Option<Arc<Pixels>>,
 }
 
 impl Program {
@@ -146,7 +152,8 @@ impl Shard {
             (entry.key().to_owned(), entry.value().to_owned())
         };
         let metadata = model.metadata_props.iter().map(entry).collect();
-        let program = Builder::new(&model, &info)?.build()?;
+        let mut program = Builder::new(&model, &info)?.build()?;
+        program.pixels = pixels(&model, &program)?;
         Ok(Shard { info, is_split, metadata, program })
     }
 
@@ -406,6 +413,16 @@ impl<'a> Builder<'a> {
     }
 }
 
+/// What pixels are worth, where pictures cross between nodes.
+fn pixels(model: &ModelProto, program: &Program) -> Result<Option<Arc<Pixels>>, ShardError> {
+    let mut crossings = program.receives().chain(program.sends());
+    let picture = crossings.find(|crossing| crossing.codec.packing == Packing::Pixels);
+    let Some(Crossing { shape, .. }) = picture else { return Ok(None) };
+    let channels = shape.get(1).copied().unwrap_or(0);
+    let normalisation = Normalisation::read(|key| model.metadata(key), channels)?;
+    Ok(Some(Arc::new(Pixels::new(normalisation))))
+}
+
 /// How a send or receive says that its tensor is written.
 fn codec(node: &NodeProto) -> Result<Codec, &'static str> {
     let dtype = node.text("dtype").and_then(|name| name.parse().ok());
@@ -413,6 +430,9 @@ fn codec(node: &NodeProto) -> Result<Codec, &'static str> {
         Some(name) => name.parse().map_err(|_| "has no usable packing")?,
         None => Packing::None,
     };
+    if packing == Packing::Pixels && dtype != Some(Dtype::F32) {
+        return Err("has pixels that are no f32");
+    }
     let signed = node.int("signed") != Some(0);
     Ok(Codec { dtype: dtype.ok_or("has no usable dtype")?, signed, packing })
 }

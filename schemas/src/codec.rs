@@ -7,9 +7,9 @@
 //! | part | present | bytes |
 //! |---|---|---|
 //! | scales | i8, i4 | an `f32` for each run of [`Codec::run`] elements |
-//! | form | packing `zeros` | 1: 0 all elements follow, 1 a mask and the elements that are not zero |
+//! | form | packing `zeros`, `pixels` | 1: 0 all elements follow, 1 a mask and the elements that are not zero, 2 pixels |
 //! | mask | form 1 | ⌈n/8⌉: bit i mod 8 of byte ⌊i/8⌋ is set where element i is not zero |
-//! | elements | always | f32 and f16 4 and 2 each; i8 1; i4 a half, the lower half of a byte first |
+//! | elements | always | f32 and f16 4 and 2 each; i8 1; i4 a half, the lower half of a byte first; a pixel 1 |
 //!
 //! **Quantising** (i8, i4): with m the largest magnitude of a run, at least 10⁻³⁰, and L the largest code
 //! (255 and 15 where nothing is negative, 127 and 7 with a sign), an element x travels as
@@ -17,11 +17,18 @@
 //! sent closes a block, so it is mostly a ReLU's result: then no code is wasted on a sign. Zero
 //! stays exactly zero. Any bytes give numbers or an error of one sentence.
 
+mod loops;
+mod pixels;
+
 use bytes::{BufMut as _, BytesMut};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use pixels::Pixels;
+
 use crate::policy::Dtype;
+use loops::{halve, kept, pack, quantise, scale, unpack};
+use pixels::PIXELS;
 
 /// Least magnitude a scale is made of: a run of zeros needs one too.
 pub const LEAST: f32 = 1e-30;
@@ -36,7 +43,7 @@ const ALL: u8 = 0;
 /// Form of a payload that has a mask and the elements that are not zero.
 const MASKED: u8 = 1;
 
-/// How elements that are zero travel.
+/// How elements travel that need less than their type has: those that are zero, mostly.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Packing {
@@ -45,6 +52,8 @@ pub enum Packing {
     None,
     /// As a bit each, where that is shorter: half of what a ReLU gives is zero.
     Zeros,
+    /// Like all others; the numbers of a picture travel as its [`Pixels`]. For a model's input only.
+    Pixels,
 }
 
 impl Packing {
@@ -59,6 +68,7 @@ impl std::fmt::Display for Packing {
         f.write_str(match self {
             Packing::None => "none",
             Packing::Zeros => "zeros",
+            Packing::Pixels => "pixels",
         })
     }
 }
@@ -70,6 +80,7 @@ impl std::str::FromStr for Packing {
         match text {
             "none" => Ok(Packing::None),
             "zeros" => Ok(Packing::Zeros),
+            "pixels" => Ok(Packing::Pixels),
             other => Err(CodecError::Packing { found: other.to_owned() }),
         }
     }
@@ -123,8 +134,21 @@ impl Codec {
             Some(_) => elements.checked_div(Codec::run(shape)).unwrap_or(0).checked_mul(4)?,
             None => 0,
         };
-        let form = usize::from(self.packing == Packing::Zeros);
+        let form = usize::from(self.packing != Packing::None);
         self.body(elements)?.checked_add(scales)?.checked_add(form)
+    }
+
+    /// Bytes that a payload of `shape` mostly has, for predictions: with half of the elements zero where
+    /// zeros are packed, and all of them pixels where they may be.
+    pub fn likely_bytes(&self, shape: &[usize]) -> Option<usize> {
+        let all = self.bytes(shape)?;
+        let elements: usize = shape.iter().product();
+        let body = self.body(elements)?;
+        Some(match self.packing {
+            Packing::None => all,
+            Packing::Zeros => all.min(all - body + elements.div_ceil(8) + body.div_ceil(2)),
+            Packing::Pixels => all - body + elements,
+        })
     }
 
     /// Whether every payload of one shape has the same size.
@@ -171,8 +195,10 @@ impl Codec {
 
     /// Writes room for the form and the mask of `count` elements, where there are such.
     fn open(&self, count: usize, payload: &mut BytesMut) {
-        if self.packing == Packing::Zeros {
-            payload.put_bytes(ALL, 1 + count.div_ceil(8));
+        match self.packing {
+            Packing::None => {}
+            Packing::Zeros => payload.put_bytes(ALL, 1 + count.div_ceil(8)),
+            Packing::Pixels => payload.put_u8(ALL),
         }
     }
 
@@ -180,6 +206,7 @@ impl Codec {
     fn close(&self, start: usize, count: usize, payload: &mut BytesMut) {
         let body = match self.packing {
             Packing::None => start,
+            Packing::Pixels => start + 1,
             Packing::Zeros => {
                 let (mask, size) = (count.div_ceil(8), self.dtype.bits().div_ceil(8));
                 let packed = &mut payload[start + 1..];
@@ -229,15 +256,19 @@ impl Codec {
         let (scales, rest) = payload.split_at_checked(scales).ok_or(CodecError::CutShort)?;
         let (form, rest) = match self.packing {
             Packing::None => (ALL, rest),
-            Packing::Zeros => {
+            Packing::Zeros | Packing::Pixels => {
                 rest.split_first().map(|(&f, r)| (f, r)).ok_or(CodecError::CutShort)?
             }
         };
         let (mask, body, kept) = match form {
             ALL => (None, rest, count),
-            MASKED => {
+            PIXELS if self.packing == Packing::Pixels => match rest.len() == count {
+                true => return Ok((&[], Elements { mask: None, body: rest })),
+                false => return Err(CodecError::Size { found: rest.len(), elements: count }),
+            },
+            MASKED if self.packing == Packing::Zeros => {
                 let mask = rest.split_at_checked(count.div_ceil(8)).ok_or(CodecError::CutShort)?;
-                let kept = mask.0.iter().map(|byte| byte.count_ones() as usize).sum();
+                let kept = loops::ones(mask.0);
                 let last = mask.0.last().copied().unwrap_or(0);
                 if !count.is_multiple_of(8) && last >> (count % 8) != 0 {
                     return Err(CodecError::Mask);
@@ -290,14 +321,11 @@ impl Codec {
     ) -> Result<(), CodecError> {
         let run = run.max(1);
         let (scales, elements) = self.open_payload(payload, numbers.len(), run)?;
-        match (self.dtype, self.signed) {
-            (Dtype::I8, false) => elements.numbers(numbers, |body, at| f32::from(body[at])),
-            (Dtype::I8, true) => elements.numbers(numbers, |body, at| f32::from(body[at] as i8)),
-            (Dtype::I4, false) => elements.numbers(numbers, |body, at| f32::from(half(body, at))),
-            (Dtype::I4, true) => elements.numbers(numbers, |body, at| {
-                f32::from((half(body, at) << 4) as i8 >> 4) // the sign fills the upper half
-            }),
-            (Dtype::F32 | Dtype::F16, _) => return Err(CodecError::Unscaled),
+        let Elements { mask, body } = elements;
+        match self.dtype {
+            Dtype::I8 => loops::widen((false, self.signed), mask, body, numbers),
+            Dtype::I4 => loops::widen((true, self.signed), mask, body, numbers),
+            Dtype::F32 | Dtype::F16 => return Err(CodecError::Unscaled),
         }
         for (numbers, &scale) in numbers.chunks_exact_mut(run).zip(scales) {
             let scale = f32::from_le_bytes(scale);
@@ -324,98 +352,6 @@ struct Elements<'a> {
     body: &'a [u8],
 }
 
-impl Elements<'_> {
-    /// The codes as numbers, `code` read at a place of the body. The body fits the mask.
-    fn numbers(&self, numbers: &mut [f32], code: impl Fn(&[u8], usize) -> f32) {
-        let Some(mask) = self.mask else {
-            let all = numbers.iter_mut().enumerate();
-            return all.for_each(|(at, number)| *number = code(self.body, at));
-        };
-        let mut at = 0;
-        for (numbers, &mask) in numbers.chunks_mut(8).zip(mask) {
-            for (bit, number) in numbers.iter_mut().enumerate() {
-                let there = mask >> bit & 1 == 1;
-                *number = if there { code(self.body, at) } else { 0.0 };
-                at += usize::from(there);
-            }
-        }
-    }
-}
-
-/// The code at a place where two share a byte.
-fn half(body: &[u8], at: usize) -> u8 {
-    body[at / 2] >> (at % 2 * 4) & 15
-}
-
-/// Scale of a run and what a number is multiplied by to become a code.
-fn scale(numbers: &[f32], largest: f32) -> (f32, f32) {
-    // In lanes, so that the maximum is found eight at a time.
-    let mut lanes = [LEAST; 8];
-    let (chunks, rest) = numbers.as_chunks::<8>();
-    for chunk in chunks {
-        for (lane, number) in lanes.iter_mut().zip(chunk) {
-            *lane = if number.abs() > *lane { number.abs() } else { *lane };
-        }
-    }
-    let all = lanes.into_iter().chain(rest.iter().map(|number| number.abs()));
-    let most = all.fold(LEAST, f32::max);
-    (most / largest, largest / most)
-}
-
-/// Codes of a run, a byte each; gives its scale.
-fn quantise(numbers: &[f32], largest: f32, codes: &mut [u8]) -> f32 {
-    let (scale, inverse) = scale(numbers, largest);
-    for (code, number) in codes.iter_mut().zip(numbers) {
-        *code = (number * inverse + TO_WHOLE).to_bits() as u8;
-    }
-    scale
-}
-
-/// Puts two codes in a byte; gives the bytes then used.
-fn halve(codes: &mut [u8]) -> usize {
-    let bytes = codes.len().div_ceil(2);
-    for at in 0..bytes {
-        let upper = codes.get(2 * at + 1).copied().unwrap_or(0);
-        codes[at] = codes[2 * at] & 15 | upper << 4;
-    }
-    bytes
-}
-
-/// How many elements are not zero.
-fn kept<const SIZE: usize>(elements: &[u8]) -> usize {
-    elements.as_chunks::<SIZE>().0.iter().filter(|element| **element != [0; SIZE]).count()
-}
-
-/// Fills the mask, the first `mask` bytes, and moves the elements that are not zero right behind it.
-fn pack<const SIZE: usize>(bytes: &mut [u8], mask: usize) {
-    let (mask, elements) = bytes.split_at_mut(mask);
-    let elements = elements.as_chunks_mut::<SIZE>().0;
-    let mut to = 0;
-    for (byte, mask) in mask.iter_mut().enumerate() {
-        let from = byte * 8;
-        for bit in 0..(elements.len() - from).min(8) {
-            let element = elements[from + bit];
-            let there = element != [0; SIZE];
-            *mask |= u8::from(there) << bit;
-            elements[to] = element;
-            to += usize::from(there);
-        }
-    }
-}
-
-/// Puts elements where the mask says, zeros elsewhere.
-fn unpack<const SIZE: usize>(mask: &[u8], body: &[u8], elements: &mut [u8]) {
-    let body = body.as_chunks::<SIZE>().0;
-    let mut at = 0;
-    for (elements, mask) in elements.as_chunks_mut::<SIZE>().0.chunks_mut(8).zip(mask) {
-        for (bit, element) in elements.iter_mut().enumerate() {
-            let there = mask >> bit & 1 == 1;
-            *element = if there { body[at] } else { [0; SIZE] };
-            at += usize::from(there);
-        }
-    }
-}
-
 fn little_endian(numbers: &[f32]) -> Vec<u8> {
     numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
 }
@@ -425,7 +361,7 @@ fn little_endian(numbers: &[f32]) -> Vec<u8> {
 #[non_exhaustive]
 pub enum CodecError {
     /// A packing that does not exist.
-    #[error("packing \"{found}\", expected \"none\" or \"zeros\"")]
+    #[error("packing \"{found}\", expected \"none\", \"zeros\" or \"pixels\"")]
     Packing {
         /// The name that was given.
         found: String,
@@ -456,155 +392,4 @@ pub enum CodecError {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn codec(dtype: Dtype, signed: bool, packing: Packing) -> Codec {
-        Codec { dtype, signed, packing }
-    }
-
-    fn payload(codec: Codec, numbers: &[f32], run: usize) -> BytesMut {
-        let mut payload = BytesMut::new();
-        codec.put_numbers(numbers, run, &mut payload);
-        payload
-    }
-
-    fn hex(bytes: &[u8]) -> String {
-        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-    }
-
-    #[test]
-    fn the_bytes_of_each_form_are_these() {
-        let numbers = [0.0, 127.5, 255.0, 0.4, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0];
-        // 127.5 is a tie and goes to the even 128; the scale is 1.
-        let plain = payload(codec(Dtype::I8, false, Packing::None), &numbers, 12);
-        assert_eq!(hex(&plain), "0000803f".to_owned() + "0080ff000000030000000000");
-        let packed = payload(codec(Dtype::I8, false, Packing::Zeros), &numbers, 12);
-        assert_eq!(hex(&packed), "0000803f".to_owned() + "01" + "4600" + "80ff03");
-        let halves = payload(codec(Dtype::I4, true, Packing::None), &[7.0, -7.0, 1.0, 0.0], 2);
-        assert_eq!(hex(&halves), "0000803f2549123e".to_owned() + "9707");
-        let mut f16 = BytesMut::new();
-        codec(Dtype::F16, true, Packing::Zeros)
-            .put_elements(&[0, 0, 0, 0x3c, 0, 0, 0, 0], &mut f16);
-        assert_eq!(hex(&f16), "0102003c");
-        // A mask that would not pay is left out.
-        let full = payload(codec(Dtype::I8, false, Packing::Zeros), &[1.0, 2.0], 2);
-        assert_eq!(full[4..], [ALL, 128, 255]);
-    }
-
-    #[test]
-    fn a_run_of_zeros_stays_zeros() {
-        for dtype in [Dtype::I8, Dtype::I4] {
-            let codec = codec(dtype, false, Packing::None);
-            let payload = payload(codec, &[0.0; 40], 40);
-            let mut numbers = [1.0; 40];
-            codec.read_numbers(&payload, 40, &mut numbers).unwrap();
-            assert_eq!(numbers, [0.0; 40]);
-        }
-    }
-
-    #[test]
-    fn what_is_no_payload_is_named() {
-        let zeros = codec(Dtype::I8, false, Packing::Zeros);
-        let says = |bytes: &[u8]| zeros.check(bytes, &[1, 10]).unwrap_err().to_string();
-        assert_eq!(says(&[0, 0, 0]), "payload cut short");
-        assert_eq!(says(&[0; 4]), "payload cut short");
-        assert_eq!(says(&[0, 0, 0, 0, 2]), "payload of the unknown form 2");
-        assert_eq!(says(&[0, 0, 0, 0, 1, 1]), "payload cut short");
-        let beyond = "the mask has more bits than there are elements";
-        assert_eq!(says(&[0, 0, 0, 0, 1, 1, 4, 1, 1]), beyond);
-        assert_eq!(says(&[0, 0, 0, 0, 1, 3, 0, 9]), "1 bytes are not 2 elements");
-        assert_eq!(says(&[0, 0, 0, 0, 0, 1]), "1 bytes are not 10 elements");
-        assert!(zeros.check(&[0, 0, 0, 0, 1, 3, 0, 9, 9], &[1, 10]).is_ok());
-    }
-
-    #[test]
-    fn channels_have_scales_of_their_own_where_that_is_cheap() {
-        assert_eq!(Codec::run(&[2, 64, 8, 8]), 64);
-        assert_eq!(Codec::run(&[2, 64, 2, 2]), 256);
-        assert_eq!(Codec::run(&[2, 64]), 64);
-        assert_eq!(Codec::run(&[2, 64, 100]), 100);
-        let bytes = |dtype, packing, shape: &[usize]| codec(dtype, false, packing).bytes(shape);
-        assert_eq!(bytes(Dtype::I8, Packing::None, &[1, 64, 32, 32]), Some(65_536 + 256));
-        assert_eq!(bytes(Dtype::I4, Packing::None, &[1, 3, 7, 7]), Some(74 + 12));
-        assert_eq!(bytes(Dtype::F16, Packing::Zeros, &[1, 64, 32, 32]), Some(131_073));
-        assert_eq!(bytes(Dtype::I8, Packing::None, &[usize::MAX, 2]), None);
-        assert_eq!(bytes(Dtype::I8, Packing::None, &[0, 3, 8, 8]), Some(0));
-    }
-
-    /// Features: half of them zero, of very different sizes.
-    fn features(signed: bool) -> impl Strategy<Value = Vec<f32>> {
-        let number = prop_oneof![Just(0.0f32), 0.0f32..1.0, 0.0f32..1e4];
-        let sign = prop_oneof![Just(1.0f32), Just(if signed { -1.0 } else { 1.0 })];
-        proptest::collection::vec((number, sign).prop_map(|(x, sign)| x * sign), 0..200)
-    }
-
-    proptest! {
-        #[test]
-        fn numbers_arrive_as_training_rounds_them(
-            (signed, numbers) in any::<bool>().prop_flat_map(|s| (Just(s), features(s))),
-            four: bool, zeros: bool, run in 1usize..70,
-        ) {
-            let dtype = if four { Dtype::I4 } else { Dtype::I8 };
-            let packing = if zeros { Packing::Zeros } else { Packing::None };
-            let codec = codec(dtype, signed, packing);
-            let numbers = &numbers[..numbers.len() / run * run];
-            let payload = payload(codec, numbers, run);
-            let mut arrived = vec![f32::NAN; numbers.len()];
-            codec.read_numbers(&payload, run, &mut arrived).unwrap();
-            let mut rounded = numbers.to_vec();
-            codec.round(&mut rounded, run);
-            prop_assert_eq!(&arrived, &rounded);
-            let largest = codec.largest().unwrap();
-            for (sent, arrived) in numbers.chunks(run).zip(arrived.chunks(run)) {
-                let most = sent.iter().fold(0.0f32, |most, x| most.max(x.abs()));
-                for (sent, arrived) in sent.iter().zip(arrived) {
-                    prop_assert!((sent - arrived).abs() <= 0.5001 * most / largest);
-                }
-            }
-            let shape = [numbers.len() / run, run];
-            let bound = codec.bytes(&shape).unwrap();
-            prop_assert!(payload.len() <= bound);
-            prop_assert!(!codec.is_exact() || payload.len() == bound);
-            prop_assert!(codec.check(&payload, &shape).is_ok());
-        }
-
-        #[test]
-        fn elements_arrive_bit_by_bit(
-            elements in proptest::collection::vec(prop_oneof![Just(0u16), any::<u16>()], 0..200),
-            wide: bool, zeros: bool,
-        ) {
-            let dtype = if wide { Dtype::F32 } else { Dtype::F16 };
-            let packing = if zeros { Packing::Zeros } else { Packing::None };
-            let codec = codec(dtype, true, packing);
-            let mut bytes: Vec<u8> = elements.iter().flat_map(|x| x.to_le_bytes()).collect();
-            bytes.truncate(bytes.len() / 4 * 4);
-            let mut payload = BytesMut::new();
-            codec.put_elements(&bytes, &mut payload);
-            let mut arrived = vec![7; bytes.len()];
-            codec.read_elements(&payload, &mut arrived).unwrap();
-            prop_assert_eq!(&arrived, &bytes);
-            let bound = codec.bytes(&[bytes.len() * 8 / dtype.bits()]).unwrap();
-            prop_assert!(payload.len() <= bound);
-        }
-
-        #[test]
-        fn any_bytes_give_numbers_or_an_error(
-            bytes in proptest::collection::vec(prop_oneof![0u8..3, any::<u8>()], 0..100),
-            dtype in prop_oneof![
-                Just(Dtype::F32), Just(Dtype::F16), Just(Dtype::I8), Just(Dtype::I4),
-            ],
-            signed: bool, zeros: bool, count in 0usize..40, run in 0usize..9,
-        ) {
-            let packing = if zeros { Packing::Zeros } else { Packing::None };
-            let codec = codec(dtype, signed, packing);
-            let _ = codec.read_numbers(&bytes, run, &mut vec![0.0; count]);
-            let _ = codec.read_elements(&bytes, &mut vec![0; count]);
-            let _ = codec.check(&bytes, &[count]);
-            let mut again = BytesMut::new();
-            let wild: Vec<f32> = bytes.as_chunks().0.iter().map(|&x| f32::from_le_bytes(x)).collect();
-            codec.put_numbers(&wild, run, &mut again);
-        }
-    }
-}
+mod tests;

@@ -145,7 +145,7 @@ pub struct Carried {
     pub from: usize,
     /// Receiving rank.
     pub to: usize,
-    /// Bytes of payload.
+    /// Bytes of payload; those it mostly has where that depends on the input.
     pub bytes: u64,
     /// Whether a step of the policy asks for it; the model's input, say, is asked for by none.
     pub exchange: bool,
@@ -171,7 +171,7 @@ impl Plan {
         let carried = |t: &crate::manifest::Transfer| Carried {
             from: t.from,
             to: t.to,
-            bytes: t.bytes,
+            bytes: t.likely_bytes(),
             exchange: t.step.is_some(),
         };
         Some(Plan {
@@ -423,7 +423,7 @@ impl Trunk {
         }
         let bytes = |step: usize| {
             let TrunkBlock { channels, elements, .. } = self.blocks[policy.sent_after(step)];
-            policy.send_bytes(step, &[1, channels, elements])
+            policy.likely_send_bytes(step, &[1, channels, elements])
         };
         let Reach { sends, blocks: computed } = Reach::of(policy, blocks, |step| bytes(step) > 0);
         let mut plan = Plan { entry: 0, nodes: vec![vec![]; policy.groups], transfers: vec![] };

@@ -140,11 +140,12 @@ pub struct Transfer {
     pub channels: usize,
     /// Element type on the wire.
     pub dtype: Dtype,
-    /// What becomes of zeros on the wire: `zeros` or, when absent, nothing.
+    /// Which elements travel in less: `zeros`, or `pixels` for an input that is a picture; when absent, none.
     #[serde(default, skip_serializing_if = "Packing::is_none")]
     pub packing: Packing,
     /// Bytes of tensor data that cross, scales included: exact, but an upper bound where `packing` is
-    /// `zeros`, for how many elements are zero depends on the input.
+    /// `zeros`, for how many elements are zero depends on the input, and where it is `pixels` those of a
+    /// picture; an input that is none takes four times as many.
     pub bytes: u64,
 }
 
@@ -188,6 +189,11 @@ impl Transfer {
     /// How it is written, but for the sign, which changes no size.
     pub fn codec(&self) -> Codec {
         Codec { packing: self.packing, ..Codec::plain(self.dtype) }
+    }
+
+    /// Bytes of tensor data that mostly cross, as [`Codec::likely_bytes`] reckons them.
+    pub fn likely_bytes(&self) -> u64 {
+        self.codec().likely_bytes(&self.shape).map_or(self.bytes, |bytes| bytes as u64)
     }
 }
 

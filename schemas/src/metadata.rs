@@ -19,6 +19,11 @@ pub const RECV_OP: &str = "SnnRecv";
 pub const MEAN: &str = "snn.mean";
 /// Standard deviation of each input channel, by which pixels are then divided.
 pub const STD: &str = "snn.std";
+/// Whether a model's metadata says how pictures become its input.
+pub fn is_normalised<'a>(get: impl Fn(&str) -> Option<&'a str>) -> bool {
+    get(MEAN).is_some() || get(STD).is_some()
+}
+
 /// Names of the classes, comma-separated, in output order.
 pub const CLASSES: &str = "snn.classes";
 
@@ -65,6 +70,11 @@ impl Normalisation {
             return Err(MetadataError::Value { key: STD, found: "0".to_owned() });
         }
         Ok(normalisation)
+    }
+
+    /// The value of a pixel in a channel: what anybody who normalises gives, bit for bit.
+    pub fn value(&self, channel: usize, pixel: u8) -> f32 {
+        (f32::from(pixel) / 255.0 - self.mean[channel]) / self.std[channel]
     }
 
     /// The metadata entries that [`Normalisation::read`] reads back.

@@ -309,13 +309,27 @@ impl Policy {
     /// Bytes of one send of step `step`, at most where zeros are packed; `shape` is that of a group's
     /// whole tensor, `[1, channels, …]`. A level that rounds down to no channel sends nothing.
     pub fn send_bytes(&self, step: usize, shape: &[usize]) -> u64 {
+        self.sent(step, shape, Codec::bytes)
+    }
+
+    /// The bytes that such a send mostly has, as [`Codec::likely_bytes`] reckons them.
+    pub fn likely_send_bytes(&self, step: usize, shape: &[usize]) -> u64 {
+        self.sent(step, shape, Codec::likely_bytes)
+    }
+
+    fn sent(
+        &self,
+        step: usize,
+        shape: &[usize],
+        bytes: impl Fn(&Codec, &[usize]) -> Option<usize>,
+    ) -> u64 {
         let mut shape = shape.to_vec();
         if let Some(channels) = shape.get_mut(1) {
             *channels = self.levels.keep(self.steps[step].level, *channels);
         }
         match shape.contains(&0) {
             true => 0,
-            false => self.codec_of(step).bytes(&shape).unwrap_or(0) as u64,
+            false => bytes(&self.codec_of(step), &shape).unwrap_or(0) as u64,
         }
     }
 
@@ -438,6 +452,9 @@ impl TryFrom<PolicyFile> for Policy {
         if staleness == 0 {
             return Err(PolicyError::Staleness);
         }
+        if packing == Packing::Pixels {
+            return Err(PolicyError::Pixels);
+        }
         let percent_fits = (0.0..=100.0).contains(&levels.min_percent);
         if !(1..=MAX_LEVELS).contains(&levels.count) || !percent_fits {
             return Err(PolicyError::Levels { count: levels.count, percent: levels.min_percent });
@@ -471,9 +488,12 @@ impl TryFrom<PolicyFile> for Policy {
             .into_iter()
             .enumerate()
             .map(|(index, (decision, level, wire))| {
-                check_step(decision, level, groups, &levels)
-                    .map(|step| Step { wire, ..step })
-                    .map_err(|reason| PolicyError::Step { step: index, reason: Box::new(reason) })
+                match wire.packing {
+                    Some(Packing::Pixels) => Err(PolicyError::Pixels),
+                    _ => check_step(decision, level, groups, &levels),
+                }
+                .map(|step| Step { wire, ..step })
+                .map_err(|reason| PolicyError::Step { step: index, reason: Box::new(reason) })
             })
             .collect::<Result<Vec<Step>, PolicyError>>()?;
         Ok(Policy { groups, staleness, dtype, packing, levels, steps, provenance: file.provenance })
@@ -544,6 +564,9 @@ pub enum PolicyError {
         /// The name that was given.
         found: String,
     },
+    /// Features are no pictures.
+    #[error("packing \"pixels\", expected \"none\" or \"zeros\"")]
+    Pixels,
     /// Something is wrong with one step.
     #[error("step {step}: {reason}")]
     Step {

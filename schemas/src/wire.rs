@@ -394,8 +394,13 @@ fn put_tensors(frame: &mut BytesMut, tensors: &[Tensor]) {
         for &extent in &tensor.shape {
             frame.put_u32_le(u32::try_from(extent).unwrap_or(u32::MAX));
         }
-        for &element in &tensor.data {
-            frame.put_f32_le(element);
+        // Bytes of several at a time: one by one each would ask for room.
+        for elements in tensor.data.chunks(64) {
+            let mut bytes = [[0; 4]; 64];
+            for (bytes, element) in bytes.iter_mut().zip(elements) {
+                *bytes = element.to_le_bytes();
+            }
+            frame.extend_from_slice(bytes[..elements.len()].as_flattened());
         }
     }
 }

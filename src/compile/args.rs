@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
-use snn_compiler::{Nodes, Options};
+use snn_compiler::{Nodes, Options, Target};
 use snn_runtime::agent::wire::MAX_SETTING_MS;
 use snn_schemas::cost::{Device, Link};
 
@@ -28,7 +28,9 @@ Examples:
   Four groups on two devices:
       snnc split model.onnx --policy best.json --place 0,0,1,1 -o two
   One plain ONNX file that computes the same, to compare with:
-      snnc split model.onnx --policy best.json --nodes 1 -o fused";
+      snnc split model.onnx --policy best.json --nodes 1 -o fused
+  The stem copied or sent, whichever is faster on these devices and links:
+      snnc split model.onnx --policy best.json --device 5gflops --link 300mbit,0.3ms";
 
 const INSPECT_HELP: &str = "\
 Example:
@@ -144,7 +146,7 @@ impl Compile {
             (None, Some(ranks)) => Nodes::Explicit(ranks.clone()),
             (None, None) => Nodes::PerGroup,
         };
-        Options { nodes, input_shape: self.input_shape.clone() }
+        Options { nodes, input_shape: self.input_shape.clone(), target: None }
     }
 }
 
@@ -157,6 +159,15 @@ pub(crate) struct Split {
     #[command(flatten)]
     pub(crate) compile: Compile,
 
+    /// Speed of each device, as in 5gflops, or a file of snn-run --profile --json: with --link the
+    /// stem is copied or sent, whichever is predicted to be faster
+    #[arg(long, value_name = "DEVICE", value_parser = emulation::known, requires = "link")]
+    device: Option<Device>,
+
+    /// Rate of each device's link in each direction, and its round trip, as in 300mbit,0.3ms
+    #[arg(long, value_name = "LINK", value_parser = emulation::link, requires = "device")]
+    link: Option<Link>,
+
     /// Folder to write [default: MODEL.shards]
     #[arg(short, long, value_name = "DIR")]
     pub(crate) output: Option<PathBuf>,
@@ -164,6 +175,15 @@ pub(crate) struct Split {
     /// Print the table and the costs as JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+impl Split {
+    /// The compiler's own options.
+    pub(crate) fn options(&self) -> Options {
+        let target = self.device.clone().zip(self.link);
+        let target = target.map(|(device, link)| Target { device, link });
+        Options { target, ..self.compile.options() }
+    }
 }
 
 #[derive(Debug, clap::Args)]

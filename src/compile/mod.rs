@@ -19,7 +19,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
-use snn_compiler::{CompileError, PolicySource, Source};
+use snn_compiler::{CompileError, Options, PolicySource, Source, Split};
 use snn_schemas::policy::MAX_POLICY_BYTES;
 
 use crate::terminal::{self, is_broken_pipe, one_line, print};
@@ -98,11 +98,16 @@ fn read_policy(path: &Path) -> Result<PolicySource> {
 }
 
 /// Compiles the model at `path` as `compile` says.
-fn compile(path: &Path, compile: &args::Compile) -> Result<snn_compiler::Split> {
+fn compile(path: &Path, compile: &args::Compile) -> Result<Split> {
+    compile_with(path, compile.policy.as_deref(), &compile.options())
+}
+
+/// Compiles the model at `path` under the policy of a file.
+fn compile_with(path: &Path, policy: Option<&Path>, options: &Options) -> Result<Split> {
     let source = read_model(path)?;
-    let policy = compile.policy.as_deref().map(read_policy).transpose()?;
-    let split = snn_compiler::compile(&source, policy.as_ref(), &compile.options());
-    split.map_err(|error| blame(error, &source, path, compile.policy.as_deref()))
+    let read = policy.map(read_policy).transpose()?;
+    let split = snn_compiler::compile(&source, read.as_ref(), options);
+    split.map_err(|error| blame(error, &source, path, policy))
 }
 
 /// Puts the file in front that the error is about.

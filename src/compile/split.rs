@@ -12,7 +12,7 @@ use snn_compiler::show;
 use snn_schemas::manifest::Cost;
 
 use super::args::Split;
-use super::{compile, output, print};
+use super::{compile_with, output, print};
 
 /// What `--json` prints.
 #[derive(Serialize)]
@@ -36,7 +36,8 @@ struct Row {
 }
 
 pub(super) fn split(args: &Split) -> Result<()> {
-    let split = compile(&args.model, &args.compile)?;
+    let policy = args.compile.policy.as_deref();
+    let split = compile_with(&args.model, policy, &args.options())?;
     let dir = args.output.clone().unwrap_or_else(|| default_dir(&args.model));
     output::write(&split, &dir)?;
     let rows = rows(&split);

@@ -204,9 +204,8 @@ fn from_image(image: &DynamicImage, spec: &InputSpec) -> Result<Array> {
     };
     let mut data = Vec::with_capacity(pixels.len());
     for channel in 0..channels {
-        let (mean, std) = (spec.normalisation.mean[channel], spec.normalisation.std[channel]);
         let plane = pixels.iter().skip(channel).step_by(channels);
-        data.extend(plane.map(|&pixel| (f32::from(pixel) / 255.0 - mean) / std));
+        data.extend(plane.map(|&pixel| spec.normalisation.value(channel, pixel)));
     }
     Ok(Array { shape: spec.shape.clone(), data })
 }

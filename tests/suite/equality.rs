@@ -3,11 +3,14 @@
 use std::path::PathBuf;
 
 use snn::run::local::{LocalCluster, LocalOptions};
-use snn_compiler::Nodes;
-use snn_schemas::{Dtype, Packing};
+use snn_compiler::{Nodes, Options, PolicySource, Source, Split, compile};
+use snn_runtime::Tensor;
+use snn_schemas::metadata::Normalisation;
+use snn_schemas::wire::TENSOR_HEADER;
+use snn_schemas::{Dtype, Packing, Policy};
 
 use crate::cluster::Cluster;
-use crate::fixtures::{Net, chain, residual};
+use crate::fixtures::{Net, chain, residual, style};
 use crate::{
     array, assert_close, assert_within, folder, image, policy, reference, ring, rounded, split,
 };
@@ -76,6 +79,48 @@ async fn requests_in_flight_at_once_do_not_mix() {
         let (seed, logits) = answer.unwrap();
         let expected = reference::logits(&net, Some(&policy), image(&net, seed).data());
         assert_close(&logits, &expected, &format!("image {seed}"));
+    }
+}
+
+/// The split of `net` with the metadata `entries` in its model.
+fn split_with(net: &Net, policy: &Policy, entries: &[(String, String)]) -> Split {
+    let mut source = Source::from_bytes(net.onnx(style("burn")).into()).unwrap();
+    entries.iter().for_each(|(key, value)| source.model.set_metadata(key, value));
+    let policy = PolicySource::from_bytes(policy.to_json().as_bytes()).unwrap();
+    compile(&source, Some(&policy), &Options::default()).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_picture_travels_as_its_pixels_and_gives_the_very_same_answer() {
+    let net = residual(4, &[4, 4], 8);
+    let policy = ring(&net, 2, Dtype::F32);
+    let [channels, height, width] = net.image;
+    let plane = height * width;
+    let (mean, std) = (vec![0.1; channels], vec![0.3; channels]);
+    let normalisation = Normalisation { mean, std };
+    let split = split_with(&net, &policy, &normalisation.entries());
+    let cluster = Cluster::start(&split).await;
+    let plain = Cluster::start(&split_with(&net, &policy, &[])).await;
+    let inputs: Vec<_> = split.manifest.transfers.iter().filter(|t| t.step.is_none()).collect();
+    assert!(!inputs.is_empty());
+    for transfer in inputs {
+        assert_eq!((transfer.packing, transfer.from), (Packing::Pixels, 0));
+        assert_eq!(transfer.bytes, 1 + (channels * plane) as u64);
+    }
+    // A picture, then numbers that are none: the input's bytes, without the frame's header.
+    let mut sent = 0;
+    let pixel = |at: usize| normalisation.value(at / plane, (at * 7919 % 256) as u8);
+    let picture = (0..channels * plane).map(pixel).collect();
+    let picture = Tensor::new(crate::shape(&net), picture).unwrap();
+    for (input, element) in [(picture, 1), (image(&net, 1), 4)] {
+        let expected = reference::logits(&net, Some(&policy), input.data());
+        let logits = cluster.logits(input.clone()).await;
+        assert_close(&logits, &expected, "pixels");
+        assert_eq!(logits, plain.logits(input).await);
+        let report = cluster.entry().report();
+        let input = report.sends.iter().find(|send| send.step.is_none()).unwrap();
+        assert_eq!(input.bytes - sent, (TENSOR_HEADER + 1 + element * channels * plane) as u64);
+        sent = input.bytes;
     }
 }
 

@@ -40,7 +40,7 @@ use snn_schemas::Policy;
 
 fn split(net: &Net, policy: Option<&Policy>, nodes: Nodes) -> Split {
     let source = Source::from_bytes(net.onnx(style("burn")).into()).unwrap();
-    let options = Options { nodes, input_shape: None };
+    let options = Options { nodes, ..Options::default() };
     let policy =
         policy.map(|policy| PolicySource::from_bytes(policy.to_json().as_bytes()).unwrap());
     compile(&source, policy.as_ref(), &options).unwrap()

@@ -24,6 +24,7 @@ pub(crate) type Pieces = HashMap<TensorId, Vec<TensorId>>;
 pub(crate) fn lower(graph: &Graph, layouts: &[Layout]) -> (Graph, Pieces) {
     let mut lowerer =
         Lowerer { old: graph, layouts, new: Graph::new(graph.opset), pieces: HashMap::new() };
+    lowerer.new.normalised = graph.normalised;
     for &input in &graph.inputs {
         let piece = lowerer.new.add_input(spec(graph.tensor(input)));
         lowerer.pieces.insert(input, vec![piece]);

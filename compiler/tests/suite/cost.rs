@@ -1,6 +1,6 @@
 //! Predicted times: what the cost model makes of compiled networks, and of networks not compiled yet.
 
-use snn_compiler::{Nodes, Source, Split, flops};
+use snn_compiler::{Nodes, Options, PolicySource, Source, Split, Stem, Target, compile, flops};
 use snn_schemas::cost::{Device, Link, Piece, Plan, Trunk, TrunkBlock};
 use snn_schemas::{Dtype, Policy};
 
@@ -46,6 +46,28 @@ fn trunk() -> Trunk {
         stem_flops: 2 * 3 * 16 * 9 * 32 * 32,
         blocks: (0..18).map(&mut block).collect(),
         head_flops: 2 * 256 * 100,
+    }
+}
+
+#[test]
+fn a_stem_placed_for_a_target_is_never_predicted_to_be_slower() {
+    let policy = PolicySource::from_bytes(SPARSE_F16.as_bytes()).expect("Table 6 is valid");
+    let source = Source::from_bytes(net().onnx(style("burn")).into()).expect("it reads");
+    let compiled = |target: Option<Target>| {
+        let options = Options { target, ..Options::default() };
+        compile(&source, Some(&policy), &options).expect("it splits")
+    };
+    let default = compiled(None);
+    for link in ["10mbit,0ms", "1gbit,0.3ms", "100mbit,20ms"] {
+        let device = Device::new(5.0).expect("positive");
+        let link: Link = link.parse().expect("a link");
+        let split = compiled(Some(Target { device: device.clone(), link }));
+        let latency = |split: &Split| {
+            plan(split).predict(std::slice::from_ref(&device), &link).expect("it is sound").latency
+        };
+        assert!(latency(&split) <= latency(&default), "{link:?}");
+        // Its input is smaller than its result, so that a copy is both shorter and faster.
+        assert_eq!((split.placed.stem, &split.manifest), (Stem::FewestBytes, &default.manifest));
     }
 }
 

@@ -22,8 +22,11 @@ fn every_style_is_one_function_on_one_node_and_on_many() {
             let input_shape = style.dynamic.then(|| shape(&net).to_vec());
             let policy = policy_source(&policy);
             for nodes in [1, 2, net.groups] {
-                let options =
-                    Options { nodes: Nodes::Even(nodes), input_shape: input_shape.clone() };
+                let options = Options {
+                    nodes: Nodes::Even(nodes),
+                    input_shape: input_shape.clone(),
+                    ..Options::default()
+                };
                 let split = compile(&source, Some(&policy), &options)
                     .unwrap_or_else(|error| panic!("{what}: {error}"));
                 assert_close(&engine::play(&split, &shape(&net), &image), &expected, &what);

@@ -30,7 +30,7 @@ fn policy_source(policy: &Policy) -> PolicySource {
 
 fn try_split(model: Vec<u8>, policy: Option<&Policy>, nodes: Nodes) -> Result<Split, CompileError> {
     let source = Source::from_bytes(model.into())?;
-    let options = Options { nodes, input_shape: None };
+    let options = Options { nodes, ..Options::default() };
     compile(&source, policy.map(policy_source).as_ref(), &options)
 }
 

@@ -68,7 +68,7 @@ fn exercise(model: Vec<u8>, policy: &PolicySource) {
         Err(error) => return one_line(&error),
     };
     for (policy, nodes) in [(Some(policy), Nodes::PerGroup), (None, Nodes::Even(1))] {
-        let options = Options { nodes, input_shape: None };
+        let options = Options { nodes, ..Options::default() };
         match compile(&source, policy, &options) {
             Ok(split) => {
                 for shard in &split.shards {

@@ -29,7 +29,7 @@ fn check(path: &Path) {
     let shape = [1, 3, SIZE, SIZE];
     let image: Vec<f32> = (0..3 * SIZE * SIZE).map(|index| (0.1 * index as f32).sin()).collect();
     let split = |policy: Option<&PolicySource>, nodes| -> Split {
-        let options = Options { nodes, input_shape: Some(shape.to_vec()) };
+        let options = Options { nodes, input_shape: Some(shape.to_vec()), ..Options::default() };
         compile(&source, policy, &options).unwrap_or_else(|error| panic!("{name}: {error}"))
     };
     let plain = split(None, Nodes::Even(1));

@@ -4,10 +4,13 @@
 //! asked. While a request waits for a tensor others are computed, oldest first, a segment each turn. A
 //! request that fails, is cancelled or is past its deadline gives its memory back.
 
+use std::fmt::Display;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
+use snn_schemas::Packing;
+use snn_schemas::codec::Pixels;
 use snn_schemas::wire::{Answer, Tensor, TensorFrame, WireError};
 use tokio::sync::oneshot;
 
@@ -15,7 +18,7 @@ use super::core::{Core, lock};
 use super::error::InferError;
 use crate::engine::{Engine, EngineError, Executor, Job};
 use crate::mailbox::{Begin, End, MAX_REQUESTS, Next, Pending};
-use crate::shard::{Crossing, Program, Step};
+use crate::shard::{Crossing, Program, Slot, Step};
 use crate::watch::Kind;
 
 /// A request the compute thread works on.
@@ -156,7 +159,15 @@ impl Worker {
         let Some(Step::Receive(crossing)) = self.program.steps.get(work.at) else { return Ok(()) };
         let waited = work.blocked.elapsed();
         let start = Instant::now();
-        executor.receive(work.job, crossing.slot, crossing.codec, elements)?;
+        match self.pixels(crossing) {
+            None => executor.receive(work.job, crossing.slot, crossing.codec, elements)?,
+            Some(pixels) => {
+                let mut numbers = vec![0.0; crossing.shape.iter().product()];
+                let read = pixels.read(elements, &crossing.shape, &mut numbers);
+                read.map_err(|error| self.wrong(crossing, &error))?;
+                executor.write(work.job, crossing.slot, bytemuck::cast_slice(&numbers))?;
+            }
+        }
         self.core.recorder.span(Kind::Decode, crossing.transfer, work.request, start);
         let mut report = lock(&self.core.report);
         report.codec_ms += milliseconds(start.elapsed());
@@ -198,6 +209,17 @@ impl Worker {
         Ok(())
     }
 
+    /// What pixels are worth, where a crossing is that of a picture.
+    fn pixels(&self, crossing: &Crossing) -> Option<&Pixels> {
+        let pixels = self.program.pixels.as_deref();
+        pixels.filter(|_| crossing.codec.packing == Packing::Pixels)
+    }
+
+    fn wrong(&self, crossing: &Crossing, reason: &dyn Display) -> EngineError {
+        let name = self.program.slot(crossing.slot).name.clone();
+        EngineError::Tensor { name, reason: reason.to_string() }
+    }
+
     fn send(
         &self,
         executor: &mut dyn Executor,
@@ -210,7 +232,13 @@ impl Worker {
         let rank = self.core.identity.rank as u16;
         let dtype = crossing.codec.dtype;
         let mut frame = TensorFrame::begin(dtype, rank, work.request, about, crossing.bytes);
-        executor.send(work.job, crossing.slot, crossing.codec, &mut frame)?;
+        match self.pixels(crossing) {
+            None => executor.send(work.job, crossing.slot, crossing.codec, &mut frame)?,
+            Some(pixels) => {
+                let numbers = numbers(executor, work.job, crossing.slot)?;
+                pixels.put(&numbers, &crossing.shape, &mut frame);
+            }
+        }
         if self.core.mailbox.is_degraded(work.request) {
             TensorFrame::mark_degraded(&mut frame);
         }
@@ -270,9 +298,7 @@ impl Worker {
     fn outputs(&self, executor: &mut dyn Executor, job: Job) -> Result<Vec<Tensor>, EngineError> {
         let mut outputs = Vec::with_capacity(self.program.outputs.len());
         for &slot in &self.program.outputs {
-            let mut bytes = BytesMut::new();
-            executor.read(job, slot, &mut bytes)?;
-            let data = bytes.as_chunks().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect();
+            let data = numbers(executor, job, slot)?;
             let wrong = |error: WireError| EngineError::Tensor {
                 name: self.program.slot(slot).name.clone(),
                 reason: error.to_string(),
@@ -308,6 +334,13 @@ impl Worker {
         let rank = self.core.identity.rank;
         self.core.answer(request, Err(InferError::Peer { rank, reason }));
     }
+}
+
+/// The numbers of a slot.
+fn numbers(executor: &mut dyn Executor, job: Job, slot: Slot) -> Result<Vec<f32>, EngineError> {
+    let mut bytes = BytesMut::new();
+    executor.read(job, slot, &mut bytes)?;
+    Ok(bytes.as_chunks().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect())
 }
 
 fn milliseconds(duration: Duration) -> f64 {
