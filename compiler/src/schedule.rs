@@ -36,11 +36,7 @@ impl Cut {
     /// Bytes of its payload: at most where zeros are packed, a picture's where pixels are.
     pub fn bytes(&self, graph: &Graph) -> u64 {
         let tensor = graph.tensor(self.tensor);
-        let bytes = match self.codec.packing {
-            Packing::Pixels => self.codec.likely_bytes(&tensor.shape),
-            Packing::None | Packing::Zeros => self.codec.bytes(&tensor.shape),
-        };
-        bytes.map_or(tensor.bytes(), |bytes| bytes as u64)
+        self.codec.stated_bytes(&tensor.shape).map_or(tensor.bytes(), |bytes| bytes as u64)
     }
 }
 

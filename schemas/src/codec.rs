@@ -151,6 +151,15 @@ impl Codec {
         })
     }
 
+    /// Bytes that a manifest states for a payload of `shape`: the upper bound where zeros are packed, those
+    /// of a picture where pixels are.
+    pub fn stated_bytes(&self, shape: &[usize]) -> Option<usize> {
+        match self.packing {
+            Packing::None | Packing::Zeros => self.bytes(shape),
+            Packing::Pixels => self.likely_bytes(shape),
+        }
+    }
+
     /// Whether every payload of one shape has the same size.
     pub fn is_exact(&self) -> bool {
         self.packing == Packing::None

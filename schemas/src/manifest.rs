@@ -264,7 +264,9 @@ impl Manifest {
                 let (id, blocks) = (transfer.id, self.blocks.len());
                 return Err(ManifestError::Step { id, step, blocks });
             }
-            if transfer.codec().bytes(&transfer.shape).map(|n| n as u64) != Some(transfer.bytes) {
+            if transfer.codec().stated_bytes(&transfer.shape).map(|n| n as u64)
+                != Some(transfer.bytes)
+            {
                 return Err(ManifestError::Bytes { id: transfer.id, bytes: transfer.bytes });
             }
         }

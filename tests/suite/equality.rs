@@ -7,7 +7,7 @@ use snn_compiler::{Nodes, Options, PolicySource, Source, Split, compile};
 use snn_runtime::Tensor;
 use snn_schemas::metadata::Normalisation;
 use snn_schemas::wire::TENSOR_HEADER;
-use snn_schemas::{Dtype, Packing, Policy};
+use snn_schemas::{Dtype, Manifest, Packing, Policy};
 
 use crate::cluster::Cluster;
 use crate::fixtures::{Net, chain, residual, style};
@@ -99,6 +99,7 @@ async fn a_picture_travels_as_its_pixels_and_gives_the_very_same_answer() {
     let (mean, std) = (vec![0.1; channels], vec![0.3; channels]);
     let normalisation = Normalisation { mean, std };
     let split = split_with(&net, &policy, &normalisation.entries());
+    assert_eq!(Manifest::from_json(split.manifest.to_json().as_bytes()).unwrap(), split.manifest);
     let cluster = Cluster::start(&split).await;
     let plain = Cluster::start(&split_with(&net, &policy, &[])).await;
     let inputs: Vec<_> = split.manifest.transfers.iter().filter(|t| t.step.is_none()).collect();
