@@ -13,7 +13,7 @@ fn model(name: &str) -> Vec<u8> {
 fn fused(model: &[u8], policy: &Policy) -> Vec<u8> {
     let source = Source::from_bytes(Bytes::copy_from_slice(model)).unwrap();
     let policy = PolicySource::from_bytes(policy.to_json().as_bytes()).unwrap();
-    let options = Options { nodes: Nodes::Even(1), input_shape: None };
+    let options = Options { nodes: Nodes::Even(1), ..Options::default() };
     compile(&source, Some(&policy), &options).unwrap().shards[0].to_bytes().to_vec()
 }
 
