@@ -106,7 +106,7 @@ async fn run(paths: &[PathBuf]) -> Result<bool> {
 async fn start(folder: &Path, nodes: Nodes, shown: bool) -> Result<LocalCluster> {
     let model = Source::from_bytes(MODEL.to_vec().into())?;
     let policy = PolicySource::from_bytes(POLICY)?;
-    let split = compile(&model, Some(&policy), &Options { nodes, input_shape: None })?;
+    let split = compile(&model, Some(&policy), &Options { nodes, ..Options::default() })?;
     if shown {
         println!("Who computes what (■), and sends and adds what (→, ←), block by block:\n");
         println!("{}", picture::text(&split.manifest));
