@@ -246,14 +246,13 @@ async fn nodes_of_agents_run_as_the_deployer_says_and_takeovers_are_counted() {
     let said = text(&refused.stderr);
     assert_eq!((refused.status.code(), said.lines().count()), (Some(2), 1), "{said}");
     assert!(said.contains("(degrade 50 ms, deadline 1 ms; asked for: degrade none, "), "{said}");
-    // A millisecond is too short for some of twenty.
+    // Of a peer that is frozen nothing comes within a millisecond.
+    let frozen = children(site.devices[1].process.id());
+    kill(frozen[0], "-STOP");
     let mut connection = connect(site.devices[0].http);
-    let answers: Vec<_> =
-        (0..20).map(|_| infer(&mut connection, image(&net, 0).data(), &net)).collect();
-    let late = |(status, said): &&(u16, String)| {
-        *status == 504 && said.contains("within 0.001 s") || *status == 503
-    };
-    assert!(answers.iter().any(|answer| late(&answer)), "{answers:?}");
+    let (status, said) = infer(&mut connection, image(&net, 0).data(), &net);
+    assert!(status == 504 && said.contains("within 0.001 s") || status == 503, "{status}: {said}");
+    kill(frozen[0], "-CONT");
 
     // As long as the agent was started with, and kept over a power cut.
     assert!(site.snnc(&["--stop"]).status.success());
