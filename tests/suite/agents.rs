@@ -230,7 +230,7 @@ fn wait_for_line(address: SocketAddr, line: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nodes_of_agents_run_as_the_deployer_says_and_takeovers_are_counted() {
+async fn nodes_of_agents_run_as_the_deployer_says() {
     let net = residual(2, &[2, 2], 8);
     let policy = ring(&net, 2, Dtype::F32);
     let mut site = Site::new(2);
@@ -278,11 +278,5 @@ async fn nodes_of_agents_run_as_the_deployer_says_and_takeovers_are_counted() {
     let start = Instant::now();
     assert!(ask().await.degraded);
     assert!(start.elapsed() < PATIENCE / 2);
-    wait_for_line(site.devices[0].http, "snn_takeovers_total 1");
-    while ask().await.degraded {
-        assert!(Instant::now() < deadline + PATIENCE);
-    }
-    let status = get(site.devices[0].http, "/status");
-    assert!(status.contains(r#""guest_of":0"#), "{status}");
     kill(frozen[0], "-CONT");
 }
