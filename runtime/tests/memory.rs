@@ -5,17 +5,19 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may end in a panic")]
 
+mod fixtures;
+
 use std::alloc::System;
 
 use bytes::BytesMut;
 use snn_runtime::engine::{Engine as _, Executor};
 use snn_runtime::shard::Step;
 use snn_runtime::{Shard, TractEngine};
-use snn_schemas::metadata::{RECV_OP, SEND_OP, SNN_DOMAIN, ShardInfo};
+use snn_schemas::metadata::{RECV_OP, SEND_OP, SNN_DOMAIN};
 use snn_schemas::onnx::tensor_proto::DataType;
 use snn_schemas::onnx::{
-    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto,
-    ValueInfoProto, attr_int, attr_ints, attr_string, encode,
+    AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, attr_int, attr_ints,
+    attr_string,
 };
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
@@ -125,34 +127,7 @@ fn shard() -> Shard {
     net.0.initializer.push(TensorProto::f32("fc", &[32, 10], &[0.1; 320]));
     net.op("MatMul", &["flat", "fc"], "y", &[]);
     net.0.output.push(ValueInfoProto::tensor("y", DataType::Float, &[1, 10]));
-    finished(net)
-}
-
-fn finished(Net(graph): Net) -> Shard {
-    let set = |domain: &str, version| OperatorSetIdProto {
-        domain: Some(domain.to_owned()),
-        version: Some(version),
-    };
-    let mut model = ModelProto {
-        ir_version: Some(8),
-        opset_import: vec![set("", 17), set(SNN_DOMAIN, 1)],
-        graph: Some(graph),
-        ..ModelProto::default()
-    };
-    let info = ShardInfo {
-        rank: 0,
-        nodes: 2,
-        entry: 0,
-        groups: 2,
-        split: "0".repeat(64),
-        source_sha256: "0".repeat(64),
-        policy_sha256: None,
-        tool: "test".to_owned(),
-    };
-    for (key, value) in info.entries() {
-        model.set_metadata(&key, &value);
-    }
-    Shard::from_bytes(encode(&model).into()).unwrap()
+    Shard::from_bytes(fixtures::shard(net.0).into()).unwrap()
 }
 
 /// Goes through a shard once; gives what each step allocates. `sent` has room for what leaves.

@@ -3,11 +3,11 @@
 #![allow(clippy::unwrap_used, reason = "a test may end in a panic")]
 
 use bytes::{Bytes, BytesMut};
-use snn_schemas::metadata::{RECV_OP, SEND_OP, SNN_DOMAIN, ShardInfo};
+use snn_schemas::metadata::{RECV_OP, SEND_OP, SNN_DOMAIN};
 use snn_schemas::onnx::tensor_proto::DataType;
 use snn_schemas::onnx::{
-    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto,
-    ValueInfoProto, attr_float, attr_int, attr_ints, attr_string, encode,
+    AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, attr_float, attr_int,
+    attr_ints, attr_string, encode,
 };
 
 use std::sync::Arc;
@@ -18,6 +18,9 @@ use super::*;
 use crate::TractEngine;
 use crate::engine::{Engine as _, Executor};
 use crate::shard::{Shard, Step};
+
+#[path = "../../tests/fixtures/mod.rs"]
+mod fixtures;
 
 fn numbers(seed: usize, count: usize) -> Vec<f32> {
     let number = |at: usize| {
@@ -107,30 +110,7 @@ impl Net {
             let output = ValueInfoProto { name: Some((*name).to_owned()), ..Default::default() };
             self.graph.output.push(output);
         }
-        let set = |domain: &str, version| OperatorSetIdProto {
-            domain: Some(domain.to_owned()),
-            version: Some(version),
-        };
-        let mut model = ModelProto {
-            ir_version: Some(8),
-            opset_import: vec![set("", 17), set(SNN_DOMAIN, 1)],
-            graph: Some(self.graph),
-            ..ModelProto::default()
-        };
-        let info = ShardInfo {
-            rank: 0,
-            nodes: 2,
-            entry: 0,
-            groups: 2,
-            split: "0".repeat(64),
-            source_sha256: "0".repeat(64),
-            policy_sha256: None,
-            tool: "test".to_owned(),
-        };
-        for (key, value) in info.entries() {
-            model.set_metadata(&key, &value);
-        }
-        Shard::from_bytes(encode(&model).into()).unwrap()
+        Shard::from_bytes(fixtures::shard(self.graph).into()).unwrap()
     }
 }
 
