@@ -16,6 +16,7 @@ use snn_schemas::MAX_GROUPS;
 use snn_schemas::wire::{Cancel, TensorFrame};
 
 use crate::devices::{Devices, ask_through, die_and_return, net, policy_of};
+use crate::fixtures::Net;
 use crate::{folder, split};
 
 /// Malformed frames sent to running nodes.
@@ -90,6 +91,15 @@ impl Garbage {
     }
 }
 
+/// Four nodes, with what they compute.
+fn cluster() -> (Net, Split, Devices) {
+    let net = net();
+    let policy = policy_of(&net);
+    let split = split(&net, Some(&policy), Nodes::PerGroup);
+    let devices = Devices::start(folder(&net, Some(&policy), Nodes::PerGroup));
+    (net, split, devices)
+}
+
 /// Somebody who has joined the cluster's network as a rank that it does not have.
 async fn stranger(devices: &Devices, split: &Split) -> (Link, ZenohTransport) {
     let options = Options { peers: devices.addresses.clone(), ..Options::default() };
@@ -117,10 +127,7 @@ fn connect_and_babble(address: &str, seed: usize) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn malformed_frames_and_connections_harm_nobody() {
-    let net = net();
-    let policy = policy_of(&net);
-    let split = split(&net, Some(&policy), Nodes::PerGroup);
-    let mut devices = Devices::start(folder(&net, Some(&policy), Nodes::PerGroup));
+    let (net, split, mut devices) = cluster();
     ask_through(&net, &mut devices, 5, |_, _| {}).await;
     let before = devices.status("VmRSS");
     let (link, transport) = stranger(&devices, &split).await;
@@ -153,10 +160,7 @@ async fn malformed_frames_and_connections_harm_nobody() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_hundred_requests_survive_deaths_and_a_peer_that_sends_garbage() {
-    let net = net();
-    let policy = policy_of(&net);
-    let split = split(&net, Some(&policy), Nodes::PerGroup);
-    let mut devices = Devices::start(folder(&net, Some(&policy), Nodes::PerGroup));
+    let (net, split, mut devices) = cluster();
     let (_link, transport) = stranger(&devices, &split).await;
     let done = AtomicBool::new(false);
     let flood = async {
@@ -182,10 +186,7 @@ async fn two_hundred_requests_survive_deaths_and_a_peer_that_sends_garbage() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_that_a_peer_has_made_up_keep_no_other_out() {
-    let net = net();
-    let policy = policy_of(&net);
-    let split = split(&net, Some(&policy), Nodes::PerGroup);
-    let mut devices = Devices::start(folder(&net, Some(&policy), Nodes::PerGroup));
+    let (net, split, mut devices) = cluster();
     ask_through(&net, &mut devices, 2, |_, _| {}).await;
     let (_link, transport) = stranger(&devices, &split).await;
     let mut opened = 0;

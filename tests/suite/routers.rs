@@ -3,17 +3,15 @@
 use std::time::Duration;
 
 use snn_compiler::Nodes;
-use snn_runtime::client::Client;
 use snn_runtime::key::ClusterKey;
 use snn_runtime::transport::zenoh::{Link, Options};
 use snn_schemas::Dtype;
 
-use crate::cluster::PATIENCE;
 use crate::devices::{Devices, ask_through, die_and_return, net, policy_of};
 use crate::fixtures::residual;
-use crate::segment::Segment;
+use crate::segment::{Segment, assert_answers};
 use crate::trust::write_key;
-use crate::{assert_close, folder, image, reference, ring};
+use crate::{folder, image, reference, ring};
 
 /// A router, and `HOST:PORT` where it is.
 async fn router(options: Options) -> (Link, String) {
@@ -55,8 +53,6 @@ async fn devices_that_cannot_reach_each_other_meet_at_a_router_that_has_their_ke
     let said: Vec<String> = nodes.iter_mut().flat_map(|node| node.said_until_ready()).collect();
     // Of two, one may stay as it is: routers pass on what a client and a peer say.
     assert!(said.contains(&through), "{said:?}");
-    let client = Client::connect(&[address], Some(&key), PATIENCE).await.unwrap();
-    let answer = client.infer(vec![image(&net, 1)], PATIENCE).await.unwrap();
     let expected = reference::logits(&net, Some(&policy), image(&net, 1).data());
-    assert_close(answer.outputs[0].data(), &expected, "through a router");
+    assert_answers(&address, Some(&key), &net, &expected).await;
 }

@@ -183,7 +183,12 @@ impl Copies {
     }
 }
 
-async fn assert_answers(address: &str, key: Option<&ClusterKey>, net: &Net, expected: &[f32]) {
+pub(crate) async fn assert_answers(
+    address: &str,
+    key: Option<&ClusterKey>,
+    net: &Net,
+    expected: &[f32],
+) {
     let client = Client::connect(&[address.to_owned()], key, PATIENCE).await.unwrap();
     let answer = client.infer(vec![image(net, 1)], PATIENCE).await.unwrap();
     assert_close(answer.outputs[0].data(), expected, address);
