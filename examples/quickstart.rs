@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use snn::run::input::Array;
 use snn::run::local::{LocalCluster, LocalOptions, serve_if_child};
+use snn::run::per_request;
 use snn_compiler::{Nodes, Options, PolicySource, Source, Split, compile, picture, show};
 use snn_runtime::transport::memory::Network;
 use snn_runtime::{Node, NodeReport, Shard, Tensor, TractEngine};
@@ -74,7 +75,7 @@ async fn run(folder: &Path) -> Result<()> {
     let whole = classify_whole(&whole, &data.test).await?;
     let (cluster, reports) = classify_on_four(&place, &data.test).await?;
     print_answers(&data.test, &whole, &cluster)?;
-    print_times(&reports, data.test.len());
+    println!("\n{}", per_request(&reports, data.test.len()));
     println!("\nAll of it is in {}; ask the cluster yourself:", folder.display());
     println!("    snn-run --local {} --repeat 100", place.display());
     Ok(())
@@ -186,22 +187,5 @@ fn print_answers(images: &Dataset, whole: &[usize], cluster: &[usize]) -> Result
     match equal == count {
         true => Ok(()),
         false => Err("the cluster and the whole network disagree".into()),
-    }
-}
-
-fn print_times(reports: &[NodeReport], requests: usize) {
-    println!(
-        "\n{:<6} {:>12} {:>12} {:>12}   a request",
-        "node", "compute ms", "waiting ms", "bytes sent"
-    );
-    for report in reports {
-        let each = requests as f64;
-        println!(
-            "{:<6} {:>12.3} {:>12.3} {:>12.0}",
-            report.rank,
-            report.compute_ms / each,
-            report.waiting_ms / each,
-            report.bytes_sent as f64 / each
-        );
     }
 }

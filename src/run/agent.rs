@@ -5,7 +5,6 @@
 //! one that dies is started again and takes nothing else with it, and all end with the agent. After a
 //! restart it goes on with the version that was current.
 
-use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -41,7 +40,7 @@ pub(super) async fn agent(agent: args::Agent) -> Result<ExitCode> {
     let link = Link::open_apart(&serve).await.context("serve")?;
     let front = Arc::new(Front::default());
     let options = AgentOptions {
-        name: agent.name.clone().unwrap_or_else(host_name),
+        name: agent.name.clone().or_else(super::host_name).unwrap_or_else(|| "unnamed".to_owned()),
         software: env!("CARGO_PKG_VERSION").to_owned(),
         listen: address(&agent.listen, AGENT_PORT),
         key,
@@ -92,14 +91,6 @@ fn keeper(agent: &args::Agent) -> Result<Keeper> {
         insecure: agent.insecure,
         threads: agent.threads,
     })
-}
-
-fn host_name() -> String {
-    let name = fs::read_to_string(super::HOST_NAME).unwrap_or_default();
-    match name.trim() {
-        "" => "unnamed".to_owned(),
-        name => name.to_owned(),
-    }
 }
 
 /// An address without its scheme.

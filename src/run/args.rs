@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Parser, Subcommand};
 
+use snn_runtime::agent::wire::MAX_SETTING_MS;
 use snn_schemas::cost::Link;
 
 use super::emulation;
@@ -17,8 +18,6 @@ use super::http::Settings;
 const MAX_TIMEOUT: f64 = 7.0 * 24.0 * 3600.0;
 /// Most `--threads`: more than any device at hand has cores.
 const MAX_THREADS: i64 = 256;
-/// Longest `--degrade`, in ms: a minute, as long as any request over HTTP may take.
-const MAX_DEGRADE: u64 = 60_000;
 /// Most `--repeat`: a million requests fill a day.
 const MAX_REPEAT: i64 = 1_000_000;
 
@@ -118,7 +117,7 @@ pub struct Args {
 
     /// Wait no longer than this for a tensor: go on without it (it counts as zero), and mark the answer
     /// as degraded; to be given to every node
-    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=MAX_DEGRADE), conflicts_with_all = ["local", "agent"], help_heading = "One node")]
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=MAX_SETTING_MS), conflicts_with_all = ["local", "agent"], help_heading = "One node")]
     degrade: Option<u64>,
 
     /// Give up when peers are still missing after this long [default: keep trying]

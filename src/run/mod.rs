@@ -27,6 +27,7 @@ use tracing_subscriber::EnvFilter;
 use crate::terminal;
 use args::{Args, Mode};
 pub use infer::{class_names, input_spec};
+pub use report::per_request;
 
 /// The answer is no: `--check` found a difference.
 pub const EXIT_DIFFERENT: u8 = 1;
@@ -35,9 +36,15 @@ const LOG_VARIABLE: &str = "SNN_LOG";
 /// What is logged otherwise: our own warnings. Zenoh's describe what it tries again by itself.
 const LOG_DEFAULT: &str = "off,snn=warn,snn_runtime=warn";
 /// Where Linux tells the machine's name.
-pub(crate) const HOST_NAME: &str = "/proc/sys/kernel/hostname";
+const HOST_NAME: &str = "/proc/sys/kernel/hostname";
 /// Worker threads of the process: they move bytes, the computing is done elsewhere.
 const IO_THREADS: usize = 2;
+
+/// The machine's name, where it has one.
+pub(crate) fn host_name() -> Option<String> {
+    let name = std::fs::read_to_string(HOST_NAME).ok()?;
+    Some(name.trim().to_owned()).filter(|name| !name.is_empty())
+}
 
 /// Runs the command that was asked for, and says on standard error why it could not.
 pub fn run(args: Args) -> ExitCode {

@@ -135,6 +135,22 @@ async fn measure(cluster: &LocalCluster, requests: &[Array], repeat: usize) -> R
     Ok(Measurement { nodes: nodes.collect(), latencies })
 }
 
+/// What each node has counted, a request of `requests`: a heading, and a line a node.
+pub fn per_request(reports: &[NodeReport], requests: usize) -> String {
+    let mut lines = vec![format!(
+        "{:<6} {:>12} {:>12} {:>12}   a request",
+        "node", "compute ms", "waiting ms", "bytes sent"
+    )];
+    for report in reports {
+        let node = means(&NodeReport::default(), report, requests as f64);
+        lines.push(format!(
+            "{:<6} {:>12.3} {:>12.3} {:>12.0}",
+            node.rank, node.compute_ms, node.waiting_ms, node.bytes_sent
+        ));
+    }
+    lines.join("\n")
+}
+
 fn means(before: &NodeReport, after: &NodeReport, count: f64) -> NodeMeans {
     NodeMeans {
         rank: after.rank,

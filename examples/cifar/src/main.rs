@@ -20,9 +20,8 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, ensure};
 use snn::run::input::{self, Array, InputSpec};
 use snn::run::local::{LocalCluster, LocalOptions, serve_if_child};
-use snn::run::{class_names, input_spec};
+use snn::run::{class_names, input_spec, per_request};
 use snn_compiler::{Nodes, Options, PolicySource, Source, compile, picture};
-use snn_runtime::NodeReport;
 
 const MODEL: &[u8] = include_bytes!("../../models/cifar10.onnx");
 const POLICY: &[u8] = include_bytes!("../../models/cifar10.json");
@@ -96,7 +95,7 @@ async fn run(paths: &[PathBuf]) -> Result<bool> {
     }
     ensure!(tally.asked > 0, "none of the images can be read");
     tally.print();
-    print_times(&four.reports().await?, tally.asked);
+    println!("\n{}", per_request(&four.reports().await?, tally.asked));
     four.stop().await?;
     whole.stop().await?;
     Ok(tally.differing == 0)
@@ -189,19 +188,5 @@ impl Tally {
             let percent = 100.0 * self.right as f64 / self.labelled as f64;
             println!("{} of {} right: {percent:.2} %", self.right, self.labelled);
         }
-    }
-}
-
-fn print_times(reports: &[NodeReport], requests: usize) {
-    println!("\nnode   compute ms   waiting ms   bytes sent   a request");
-    for report in reports {
-        let each = requests.max(1) as f64;
-        println!(
-            "{:<6} {:>10.3} {:>12.3} {:>12.0}",
-            report.rank,
-            report.compute_ms / each,
-            report.waiting_ms / each,
-            report.bytes_sent as f64 / each
-        );
     }
 }

@@ -22,6 +22,8 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use crate::http::MAX_WITHIN;
+
 /// Key under which an agent answers. Sessions with agents join nobody else.
 pub(crate) const AGENT_KEY: &str = "snn/agent";
 /// Largest header, in bytes: the description of every version an agent keeps.
@@ -43,8 +45,8 @@ pub type Asker = [u8; 16];
 
 /// Longest name of whoever deploys, in characters: it is shown on one line.
 pub const MAX_NAME: usize = 100;
-/// Longest time of [`Settings`], in ms: a minute, as long as any request over HTTP may take.
-pub const MAX_SETTING_MS: u64 = 60_000;
+/// Longest time of [`Settings`], in ms: as long as any request over HTTP may take.
+pub const MAX_SETTING_MS: u64 = MAX_WITHIN.as_millis() as u64;
 
 /// A version: SHA-256 of its `cluster.json`, 64 lower-case hexadecimal digits.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -5,7 +5,6 @@
 //! so that of two who begin at once one gets all of those they share. A claim that is dropped, or whose
 //! process dies, ends by itself ([`CLAIM_WITHIN`](snn_runtime::agent::CLAIM_WITHIN)).
 
-use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -74,8 +73,6 @@ async fn speak(remote: Arc<Remote>, request: Request) {
 fn name() -> String {
     let user = std::env::var("USER").ok().filter(|user| !user.is_empty());
     let user = user.unwrap_or_else(|| "somebody".to_owned());
-    let host = fs::read_to_string(crate::run::HOST_NAME).unwrap_or_default();
-    let host = host.trim();
-    let at = if host.is_empty() { "" } else { "@" };
-    format!("{user}{at}{host} (process {})", std::process::id())
+    let at_host = crate::run::host_name().map(|host| format!("@{host}")).unwrap_or_default();
+    format!("{user}{at_host} (process {})", std::process::id())
 }
