@@ -13,7 +13,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
-use snn_trainer::{Config, DeviceName, Outcome, Progress, Report, Stage};
+use snn_trainer::{Config, DeviceName, Outcome, Progress, Report, Stage, Trial};
 
 /// Trains a separable network, searches its communication policy, exports ONNX.
 #[derive(Parser)]
@@ -189,18 +189,8 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
                 (&seeds, &mut bar),
             )?;
             bar.finish();
-            let mut text = format!(
-                "{:<11} {:>5} {:>10} {:>10} {:>10}\n",
-                "sampler", "seed", "late", "mean", "best"
-            );
-            for trial in &trials {
-                let rewards = [trial.late(), trial.mean, trial.best];
-                let [late, mean, best] = rewards.map(|reward| format!("{:.2} %", 100.0 * reward));
-                let (name, seed) = (trial.sampler.name(), trial.seed);
-                text += &format!("{name:<11} {seed:>5} {late:>10} {mean:>10} {best:>10}\n");
-            }
-            text += &format!("{}\n", out.join("compare.html").display());
-            say(cli.json, &json!(trials), &text)
+            let page = out.join("compare.html");
+            say(cli.json, &json!(trials), &format!("{}{}\n", ranking(&trials), page.display()))
         }
         Command::Eval { run_dir, data, model } => {
             let score = snn_trainer::evaluate(run_dir, data.as_deref(), model.as_deref())?;
@@ -216,6 +206,19 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
             say(cli.json, &value, &text)
         }
     }
+}
+
+/// Rewards of each sampler under each seed, a line each.
+fn ranking(trials: &[Trial]) -> String {
+    let mut text =
+        format!("{:<11} {:>5} {:>10} {:>10} {:>10}\n", "sampler", "seed", "late", "mean", "best");
+    for trial in trials {
+        let rewards = [trial.late(), trial.mean, trial.best];
+        let [late, mean, best] = rewards.map(|reward| format!("{:.2} %", 100.0 * reward));
+        let (name, seed) = (trial.sampler.name(), trial.seed);
+        text += &format!("{name:<11} {seed:>5} {late:>10} {mean:>10} {best:>10}\n");
+    }
+    text
 }
 
 /// Prints what a run gave.

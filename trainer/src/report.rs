@@ -112,11 +112,17 @@ fn percent(fraction: f64) -> String {
     format!("{:.2} %", 100.0 * fraction)
 }
 
+/// Those whose policies send anything.
+fn sending(judged: &[Judged]) -> impl Iterator<Item = &Judged> {
+    judged.iter().filter(|judged| {
+        judged.candidate.source != Source::Silent && !judged.policy.steps.is_empty()
+    })
+}
+
 /// The policies that send anything, each once, under the names of those that share it.
 fn pictures(judged: &[Judged]) -> String {
-    let sending = judged.iter().filter(|judged| judged.candidate.source != Source::Silent);
     let mut shown: Vec<(Vec<&str>, &Judged)> = Vec::new();
-    for judged in sending.filter(|judged| !judged.policy.steps.is_empty()) {
+    for judged in sending(judged) {
         let name = judged.candidate.name.as_str();
         match shown.iter_mut().find(|(_, other)| other.policy.steps == judged.policy.steps) {
             Some((names, _)) => names.push(name),

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 
 use snn_schemas::{Dtype, Policy};
 
-use super::percent;
+use super::{percent, sending};
 use crate::candidate::{Candidate, Source};
 use crate::config::{Config, Family};
 use crate::error::TrainError;
@@ -109,12 +109,7 @@ Wire: bytes that really cross, without sends that no output needs, against the r
 
 /// Table 6.
 fn decisions(judged: &[Judged]) -> String {
-    let sending = |judged: &&Judged| {
-        judged.candidate.source != Source::Silent && !judged.policy.steps.is_empty()
-    };
-    let rows: String = judged
-        .iter()
-        .filter(sending)
+    let rows: String = sending(judged)
         .map(|judged| {
             let decision = shorthand(&judged.policy);
             format!(
