@@ -5,11 +5,13 @@
 //! time in computing and in waiting, and when each transfer leaves, arrives and is wanted. A plan comes
 //! from a manifest ([`Plan::of_manifest`]) or, before anything is compiled, from a [`Trunk`] and a policy.
 //!
-//! The timing is the paper's. A node does one thing after another. A send costs it no time: the tensor
-//! joins the queue of the node's outgoing link, which carries one tensor after another at the link's rate;
-//! the receiver's incoming link does the same. Links are full duplex. A tensor arrives half a round trip
-//! after its last bit has left; a receive waits until then. Nothing else takes time, so the prediction is
-//! what a perfect runtime reaches. Pure arithmetic: the same input gives the same figures.
+//! The timing is the paper's. A node does one thing after another. A send joins the queue of the node's
+//! outgoing link, which carries one tensor after another at the link's rate; the receiver's incoming link does
+//! the same. Links are full duplex. A tensor arrives half a round trip after its last bit has left; a receive
+//! waits until then. Of a device known by its speed alone nothing else takes time, so the prediction is what a
+//! perfect runtime reaches. Where its profile says how fast it takes features out and adds them
+//! ([`Device::gbytes`]), each exchange costs both nodes that time too. Pure arithmetic: the same input gives the
+//! same figures.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -31,6 +33,10 @@ const UNLIMITED: f64 = 1e18;
 pub struct Device {
     /// Floating-point operations of convolutions a second, in 10⁹, a multiply-add as two.
     pub gflops: f64,
+    /// Bytes of f32 features a second, in 10⁹, that the device takes out of its trunk to send them, or adds to
+    /// it when it has received them. That takes no time where it is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gbytes: Option<f64>,
 }
 
 impl Device {
@@ -40,7 +46,7 @@ impl Device {
     /// No number above 0.
     pub fn new(gflops: f64) -> Result<Device, CostError> {
         match gflops.is_finite() && gflops > 0.0 {
-            true => Ok(Device { gflops }),
+            true => Ok(Device { gflops, gbytes: None }),
             false => Err(CostError::Device { found: format!("{gflops} GFLOP/s") }),
         }
     }
@@ -51,12 +57,18 @@ impl Device {
     /// Not JSON, or no speed in it.
     pub fn from_json(json: &[u8]) -> Result<Device, CostError> {
         let device: Device = serde_json::from_slice(json).map_err(CostError::Json)?;
-        Device::new(device.gflops)
+        let sound = |gbytes: &f64| gbytes.is_finite() && *gbytes > 0.0;
+        Ok(Device { gbytes: device.gbytes.filter(sound), ..Device::new(device.gflops)? })
     }
 
     /// Seconds for this many operations.
     pub fn seconds(&self, flops: u64) -> f64 {
         flops as f64 / (self.gflops * 1e9)
+    }
+
+    /// Seconds in which this many elements are taken out to be sent, or added once received.
+    pub fn moving(&self, elements: u64) -> f64 {
+        self.gbytes.map_or(0.0, |gbytes| 4.0 * elements as f64 / (gbytes * 1e9))
     }
 }
 
@@ -147,6 +159,8 @@ pub struct Carried {
     pub to: usize,
     /// Bytes of payload; those it mostly has where that depends on the input.
     pub bytes: u64,
+    /// Its elements, before they are encoded.
+    pub elements: u64,
     /// Whether a step of the policy asks for it; the model's input, say, is asked for by none.
     pub exchange: bool,
 }
@@ -172,6 +186,7 @@ impl Plan {
             from: t.from,
             to: t.to,
             bytes: t.likely_bytes(),
+            elements: t.shape.iter().product::<usize>() as u64,
             exchange: t.step.is_some(),
         };
         Some(Plan {
@@ -341,11 +356,7 @@ impl<'a> Simulation<'a> {
 
     fn step(&mut self, rank: usize) -> Result<(), CostError> {
         match self.plan.nodes[rank][self.at[rank]] {
-            Piece::Compute(flops) => {
-                let seconds = self.devices[rank].seconds(flops);
-                self.clock[rank] += seconds;
-                self.nodes[rank].compute += seconds;
-            }
+            Piece::Compute(flops) => self.busy(rank, self.devices[rank].seconds(flops)),
             Piece::Send(id) => self.send(rank, id)?,
             Piece::Receive(id) => self.receive(rank, id)?,
         }
@@ -354,20 +365,33 @@ impl<'a> Simulation<'a> {
         Ok(())
     }
 
+    /// Keeps a node computing.
+    fn busy(&mut self, rank: usize, seconds: f64) {
+        self.clock[rank] += seconds;
+        self.nodes[rank].compute += seconds;
+    }
+
+    /// Has a node take out or add the features of an exchange.
+    fn exchange(&mut self, rank: usize, transfer: Carried) {
+        if transfer.exchange {
+            self.busy(rank, self.devices[rank].moving(transfer.elements));
+        }
+    }
+
     fn send(&mut self, rank: usize, id: u32) -> Result<(), CostError> {
         let wrong = CostError::Transfer { rank, id };
-        let Some(transfer) = self.plan.transfers.get(id as usize) else { return Err(wrong) };
+        let Some(&transfer) = self.plan.transfers.get(id as usize) else { return Err(wrong) };
         let (from, to) = (transfer.from, transfer.to);
-        let carried = &mut self.carried[id as usize];
-        if from != rank || to >= self.incoming.len() || carried.is_some() {
+        if from != rank || to >= self.incoming.len() || self.carried[id as usize].is_some() {
             return Err(wrong);
         }
+        self.exchange(rank, transfer);
         let occupied = self.link.seconds(transfer.bytes);
         let begins = self.clock[rank].max(self.outgoing[rank]);
         self.outgoing[rank] = begins + occupied;
         // The receiver's link takes the first bit when it is free, and is at best as fast.
         self.incoming[to] = begins.max(self.incoming[to]) + occupied;
-        *carried = Some((self.clock[rank], self.incoming[to] + self.link.half()));
+        self.carried[id as usize] = Some((self.clock[rank], self.incoming[to] + self.link.half()));
         self.nodes[rank].bytes_sent += transfer.bytes;
         Ok(())
     }
@@ -382,6 +406,7 @@ impl<'a> Simulation<'a> {
         let waited = (arrived - self.clock[rank]).max(0.0);
         self.nodes[rank].waiting += waited;
         self.clock[rank] += waited;
+        self.exchange(rank, self.plan.transfers[id as usize]);
         Ok(())
     }
 }
@@ -421,14 +446,22 @@ impl Trunk {
         if found * policy.staleness > blocks {
             return Err(CostError::Steps { found, staleness: policy.staleness, blocks });
         }
-        let bytes = |step: usize| {
+        let shape = |step: usize| {
             let TrunkBlock { channels, elements, .. } = self.blocks[policy.sent_after(step)];
-            policy.likely_send_bytes(step, &[1, channels, elements])
+            [1, channels, elements]
         };
+        let bytes = |step: usize| policy.likely_send_bytes(step, &shape(step));
         let Reach { sends, blocks: computed } = Reach::of(policy, blocks, |step| bytes(step) > 0);
         let mut plan = Plan { entry: 0, nodes: vec![vec![]; policy.groups], transfers: vec![] };
         for rank in (1..policy.groups).filter(|&rank| computed[rank] > 0) {
-            let id = plan.carry(0, rank, self.input_bytes, false);
+            let input = Carried {
+                from: 0,
+                to: rank,
+                bytes: self.input_bytes,
+                elements: self.input_bytes,
+                exchange: false,
+            };
+            let id = plan.carry(input);
             plan.nodes[0].push(Piece::Send(id));
             plan.nodes[rank].push(Piece::Receive(id));
         }
@@ -444,7 +477,10 @@ impl Trunk {
             }
             for step in (0..policy.steps.len()).filter(|&step| policy.sent_after(step) == block) {
                 for &(from, to) in &sends[step] {
-                    let id = plan.carry(from, to, bytes(step), true);
+                    let elements = policy.sent_elements(step, &shape(step));
+                    let exchange =
+                        Carried { from, to, bytes: bytes(step), elements, exchange: true };
+                    let id = plan.carry(exchange);
                     plan.nodes[from].push(Piece::Send(id));
                     carried[step].push((id, to));
                 }
@@ -461,8 +497,8 @@ impl Trunk {
 }
 
 impl Plan {
-    fn carry(&mut self, from: usize, to: usize, bytes: u64, exchange: bool) -> u32 {
-        self.transfers.push(Carried { from, to, bytes, exchange });
+    fn carry(&mut self, transfer: Carried) -> u32 {
+        self.transfers.push(transfer);
         self.transfers.len() as u32 - 1
     }
 }

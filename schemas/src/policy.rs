@@ -317,6 +317,11 @@ impl Policy {
         self.sent(step, shape, Codec::likely_bytes)
     }
 
+    /// Elements that such a send has.
+    pub fn sent_elements(&self, step: usize, shape: &[usize]) -> u64 {
+        self.sent(step, shape, |_, kept| Some(kept.iter().product()))
+    }
+
     fn sent(
         &self,
         step: usize,

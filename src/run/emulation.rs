@@ -110,6 +110,7 @@ pub(super) fn profile(args: &args::Profile) -> Result<ExitCode> {
             let isa = format!("{:?}", snn_runtime::kernels::Isa::best());
             let about = json!({
                 "gflops": profile.gflops,
+                "gbytes": profile.gbytes,
                 "threads": args.threads,
                 "instructions": isa,
                 "stages": profile.stages,
@@ -124,17 +125,21 @@ pub(super) fn profile(args: &args::Profile) -> Result<ExitCode> {
 fn table(profile: &Profile) -> String {
     let mut table = Table::new();
     table.load_style(presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header(["blocks", "MFLOPs", "ms", "GFLOP/s"]);
+    table.set_header(["blocks", "MFLOPs", "ms", "GFLOP/s", "ms exchanging"]);
     for stage in &profile.stages {
         table.add_row([
             stage.shape.clone(),
             format!("{:.1}", stage.flops as f64 / 1e6),
             format!("{:.3}", stage.ms),
             format!("{:.1}", stage.gflops),
+            format!("{:.3}", stage.exchanging_ms),
         ]);
     }
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    format!("{:.1} GFLOP/s\n\n{}", profile.gflops, table.trim_fmt())
+    let moving = profile.gbytes.map_or_else(String::new, |gbytes| {
+        format!(", {gbytes:.1} GB/s of features sent or received")
+    });
+    format!("{:.1} GFLOP/s{moving}\n\n{}", profile.gflops, table.trim_fmt())
 }

@@ -19,7 +19,7 @@ fn near(found: f64, expected: f64) {
 }
 
 fn carried(from: usize, to: usize, bytes: u64) -> Carried {
-    Carried { from, to, bytes, exchange: true }
+    Carried { from, to, bytes, elements: bytes, exchange: true }
 }
 
 const MS: u64 = 1_000_000;
@@ -41,6 +41,24 @@ fn a_receive_waits_for_what_is_on_its_way() {
     // Of 4 ms of travel 2 are hidden.
     near(found.hidden().unwrap(), 0.5);
     assert_eq!((plan.flops(0), found.nodes[1].bytes_sent), (5 * MS, 3000));
+}
+
+#[test]
+fn what_crosses_is_moved_within_both_devices_too() {
+    use Piece::{Compute, Receive, Send};
+    let input = Carried { exchange: false, ..carried(0, 1, 0) };
+    let nodes = vec![
+        vec![Send(1), Compute(4 * MS), Receive(0)],
+        vec![Receive(1), Compute(2 * MS), Send(0)],
+    ];
+    // Half a gigabyte a second: 3000 elements of four bytes take 24 µs.
+    let device = Device { gbytes: Some(0.5), ..device() };
+    let plan = Plan { entry: 0, nodes, transfers: vec![carried(1, 0, 3000), input] };
+    let found = plan.predict(&[device], &link()).unwrap();
+    // The input is there at 1 ms, computed upon until 3; 3 ms of bytes and 1 of travel.
+    near(found.transfers[0].arrived, 0.007_024);
+    near(found.latency, 0.007_048);
+    near(found.nodes[1].compute, 0.002_024);
 }
 
 #[test]
@@ -155,7 +173,7 @@ fn a_trunk_drops_what_no_output_needs() {
     let block = Compute(10 * MS);
     let entry = [Send(0), Compute(MS), block, block, Receive(1), block, block, Compute(MS)];
     assert_eq!(plan.nodes[0], entry);
-    assert_eq!(plan.transfers[1], carried(1, 0, 5000));
+    assert_eq!(plan.transfers[1], Carried { elements: 1250, ..carried(1, 0, 5000) });
     let silent = trunk(4).plan(&policy(2, &[[0, 1], [0, 1]])).unwrap();
     assert_eq!((silent.nodes[1].len(), silent.transfers.len()), (0, 0));
 }
