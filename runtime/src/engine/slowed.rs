@@ -5,7 +5,8 @@
 //! devices meant. What a segment really takes is its least time when the program runs again and again,
 //! measured when it is loaded. The device meant has a core and its caches to itself; here nodes share
 //! them, and a segment after a sleep finds its weights gone. In proportion, each such disturbance would
-//! become one many times as long; against the least time, the sleep absorbs it.
+//! become one many times as long; against the least time, the sleep absorbs it. A sleep from which the thread
+//! is woken late, because others had the cores, shortens the next one: a device's own core would have gone on.
 
 use std::time::{Duration, Instant};
 
@@ -46,7 +47,7 @@ impl<E: Engine> Engine for Slowed<E> {
             Pace::Times(_) => least_times(inner.as_mut(), program)?,
             Pace::AtLeast(_) => Vec::new(),
         };
-        Ok(Box::new(SlowedExecutor { inner, pace: self.pace, least }))
+        Ok(Box::new(SlowedExecutor { inner, pace: self.pace, least, late: Late::default() }))
     }
 }
 
@@ -107,6 +108,25 @@ struct SlowedExecutor {
     pace: Pace,
     /// The least time each segment has taken.
     least: Vec<Duration>,
+    late: Late,
+}
+
+/// By how much the emulation is behind the device it emulates.
+#[derive(Default)]
+struct Late {
+    /// How late the last segment ended, and when.
+    ended: Option<(Duration, Instant)>,
+    /// Time in the codec since then, which the device would have spent too.
+    codec: Duration,
+}
+
+impl Late {
+    /// What a segment that starts now is behind: nothing of it is left where the device has waited since.
+    fn behind(&mut self, start: Instant) -> Duration {
+        let Some((late, ended)) = self.ended.take() else { return Duration::ZERO };
+        let idle = (start - ended).saturating_sub(std::mem::take(&mut self.codec));
+        late.saturating_sub(idle)
+    }
 }
 
 impl Executor for SlowedExecutor {
@@ -129,7 +149,10 @@ impl Executor for SlowedExecutor {
         codec: Codec,
         payload: &[u8],
     ) -> Result<(), EngineError> {
-        self.inner.receive(job, slot, codec, payload)
+        let start = Instant::now();
+        let done = self.inner.receive(job, slot, codec, payload);
+        self.late.codec += start.elapsed();
+        done
     }
 
     fn send(
@@ -139,11 +162,15 @@ impl Executor for SlowedExecutor {
         codec: Codec,
         into: &mut BytesMut,
     ) -> Result<(), EngineError> {
-        self.inner.send(job, slot, codec, into)
+        let start = Instant::now();
+        let done = self.inner.send(job, slot, codec, into);
+        self.late.codec += start.elapsed();
+        done
     }
 
     fn compute(&mut self, job: Job, segment: usize) -> Result<(), EngineError> {
         let start = Instant::now();
+        let behind = self.late.behind(start);
         self.inner.compute(job, segment)?;
         let took = start.elapsed();
         let whole = match self.pace {
@@ -154,7 +181,8 @@ impl Executor for SlowedExecutor {
             }
             Pace::AtLeast(least) => least,
         };
-        pause::until(start + whole);
+        let late = pause::until(start + whole.saturating_sub(behind));
+        self.late.ended = Some((late, Instant::now()));
         Ok(())
     }
 

@@ -12,7 +12,7 @@ use std::collections::BinaryHeap;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 pub use snn_schemas::cost::Link;
@@ -20,9 +20,6 @@ use tokio::runtime::Handle;
 
 use super::{BoxFuture, Event, Sink, Transport, TransportError};
 use crate::pause;
-
-/// How long before its moment a frame is taken from the queue, to be released awake.
-const SOON: Duration = Duration::from_micros(150);
 
 /// A node's interface to a slow link. Its thread ends with the last transport and sink made of it.
 #[derive(Clone)]
@@ -111,8 +108,15 @@ fn carry(frames: &Receiver<Travelling>) {
             None => frames.recv().map_err(|_| RecvTimeoutError::Disconnected),
             Some(Reverse(first)) => {
                 let left = first.frame.moment.saturating_duration_since(Instant::now());
-                match left.checked_sub(SOON) {
-                    Some(sleep) => frames.recv_timeout(sleep),
+                match left.checked_sub(pause::early()) {
+                    Some(sleep) => {
+                        let wake = Instant::now() + sleep;
+                        let next = frames.recv_timeout(sleep);
+                        if next.is_err() {
+                            pause::woken(wake);
+                        }
+                        next
+                    }
                     None => Err(RecvTimeoutError::Timeout),
                 }
             }
@@ -200,6 +204,7 @@ impl Transport for Shaped {
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::channel;
+    use std::time::Duration;
 
     use super::*;
     use crate::transport::memory::Network;
