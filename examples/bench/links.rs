@@ -16,9 +16,12 @@ use snn::run::input::Array;
 use snn::run::local::{Host, LocalCluster, LocalOptions};
 use snn_runtime::NodeReport;
 use snn_runtime::client::ClusterInfo;
+use snn_runtime::node::SendReport;
 use snn_runtime::watch::trace::{document, hidden};
 use snn_schemas::cost::Link;
 use snn_schemas::metadata::Normalisation;
+
+use crate::machine::{Awake, Classes, favour};
 
 /// Requests that are not counted: until every segment's least time is known.
 const WARM_UP: usize = 12;
@@ -54,6 +57,7 @@ pub(crate) struct Measured {
     pub(crate) hidden: Option<f64>,
     /// Round trip between two namespaces without any delay added, in ms.
     pub(crate) round_trip_ms: f64,
+    pub(crate) classes: Classes,
 }
 
 /// What a cluster took, a request.
@@ -71,6 +75,8 @@ pub(crate) struct NodeMeans {
     pub(crate) waiting: f64,
     pub(crate) codec: f64,
     pub(crate) bytes_sent: f64,
+    /// Bytes of each of its transfers, by number, frames' headers included.
+    pub(crate) sends: Vec<(u32, f64)>,
 }
 
 pub(crate) fn measure_here(orders: &str) -> Result<()> {
@@ -84,6 +90,8 @@ pub(crate) fn measure_here(orders: &str) -> Result<()> {
 
 async fn measure(orders: &Orders) -> Result<Measured> {
     let times = Some(orders.times);
+    favour([std::process::id()]);
+    let _awake = Awake::start();
     let round_trip = round_trip(orders)?;
     // The namespaces have the rate; what they lack of the round trip is added in user space.
     let lacking = orders.link.round_trip.saturating_sub(round_trip);
@@ -108,6 +116,7 @@ async fn measure(orders: &Orders) -> Result<Measured> {
     let four = LocalCluster::start(&orders.split, apart).await.context("four devices")?;
     let emulated = LocalCluster::start(&orders.split, emulated).await.context("emulated")?;
     let clusters = [one, four, emulated];
+    let classes = favour(clusters.iter().flat_map(LocalCluster::process_ids));
     let input = picture(clusters[0].info())?;
     for cluster in &clusters {
         for _ in 0..WARM_UP {
@@ -142,16 +151,20 @@ async fn measure(orders: &Orders) -> Result<Measured> {
     let round_trip_ms = 1e3 * round_trip.as_secs_f64();
     let [one, four, emulated] =
         <[Cluster; 3]>::try_from(measured).ok().context("three clusters")?;
-    Ok(Measured { one, four, emulated, hidden, round_trip_ms })
+    Ok(Measured { one, four, emulated, hidden, round_trip_ms, classes })
 }
 
 fn means(before: &[NodeReport], after: &[NodeReport], latencies: Vec<f64>) -> Cluster {
     let count = latencies.len() as f64;
+    let send = |(before, after): (&SendReport, &SendReport)| {
+        (after.transfer, (after.bytes - before.bytes) as f64 / count)
+    };
     let node = |(before, after): (&NodeReport, &NodeReport)| NodeMeans {
         compute: (after.compute_ms - before.compute_ms) / count,
         waiting: (after.waiting_ms - before.waiting_ms) / count,
         codec: (after.codec_ms - before.codec_ms) / count,
         bytes_sent: (after.bytes_sent - before.bytes_sent) as f64 / count,
+        sends: before.sends.iter().zip(&after.sends).map(send).collect(),
     };
     Cluster { nodes: before.iter().zip(after).map(node).collect(), latencies }
 }

@@ -5,13 +5,14 @@
 //! four of them, and the same four emulated in user space. Beside them stand what the cost model predicts,
 //! stock tract and ONNX Runtime on one device. Writes `bench.json` and `bench.svg` (the paper's Figure 6).
 //! Needs root, `ip` and `tc`; ONNX Runtime (a Python package) is left out where it is not installed.
-//! `cargo run --release --example bench` takes about two minutes; README.md beside it says what it means.
+//! `cargo run --release --example bench` takes about three minutes; README.md beside it says what it means.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "it talks to whoever runs it")]
 
 #[path = "../../compiler/tests/fixtures/mod.rs"]
 mod fixtures;
 mod links;
+mod machine;
 mod models;
 mod namespaces;
 mod report;
@@ -20,9 +21,9 @@ mod single;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use clap::Parser;
-use snn_schemas::cost::{Device, Link, Plan};
+use snn_schemas::cost::{Device, Link};
 
 use links::{Measured, Orders};
 use models::Models;
@@ -38,9 +39,9 @@ struct Args {
     /// Separable model to split [default: Sep-ResNeXt-56 4x16d, untrained]
     #[arg(long, requires = "policy")]
     model: Option<PathBuf>,
-    /// Its policy [default: Table 6's with f16]
+    /// Its policies [default: Table 6's with f16, and with i8 and zeros packed]
     #[arg(long)]
-    policy: Option<PathBuf>,
+    policy: Vec<PathBuf>,
     /// Speed of each device
     #[arg(long, default_value = "5gflops")]
     device: Device,
@@ -78,33 +79,43 @@ fn main() -> ExitCode {
     }
 }
 
+/// One policy on one link.
+struct Run {
+    /// The policy's number.
+    policy: usize,
+    link: Link,
+    measured: Measured,
+}
+
 fn run(args: &Args) -> Result<()> {
-    let models = Models::prepare(args.model.as_deref(), args.policy.as_deref())?;
+    let models = Models::prepare(args.model.as_deref(), &args.policy)?;
     eprintln!("one device: this engine, stock tract, ONNX Runtime …");
     let single = Single::measure(&models, &args.python)?;
     // How often slower a device is than this machine, by what this engine makes of the whole network.
     let times = single.gflops(&models) / args.device.gflops;
     let namespaces = Namespaces::make(models.nodes())?;
-    let mut measured: Vec<(Link, Measured)> = Vec::new();
-    for &link in &args.link {
-        eprintln!("four devices, {} Mbit/s …", link.bits_per_second / 1e6);
-        namespaces.shape(&link)?;
-        let orders = Orders {
-            split: models.split_folder(),
-            whole: models.whole_folder(),
-            link,
-            times,
-            requests: args.requests,
-            hosts: namespaces.hosts(),
-            trace: args.traces.as_ref().map(|folder| {
-                folder.join(format!("trace_{}mbit.json", link.bits_per_second / 1e6))
-            }),
-        };
-        measured.push((link, namespaces.run_in_first(ORDERS, &serde_json::to_string(&orders)?)?));
+    let mut runs = Vec::new();
+    for (policy, (name, _)) in models.splits.iter().enumerate() {
+        for &link in &args.link {
+            let rate = link.bits_per_second / 1e6;
+            eprintln!("four devices, {name}, {rate} Mbit/s …");
+            namespaces.shape(&link)?;
+            let trace = |folder: &PathBuf| folder.join(format!("trace_{policy}_{rate}mbit.json"));
+            let orders = Orders {
+                split: models.split_folder(policy),
+                whole: models.whole_folder(),
+                link,
+                times,
+                requests: args.requests,
+                hosts: namespaces.hosts(),
+                trace: args.traces.as_ref().map(trace),
+            };
+            let orders = serde_json::to_string(&orders)?;
+            runs.push(Run { policy, link, measured: namespaces.run_in_first(ORDERS, &orders)? });
+        }
     }
     drop(namespaces);
-    let plan = Plan::of_manifest(&models.split.manifest).context("the split computes nothing")?;
-    let report = Report::new(args, (&models, &plan), (&single, times), &measured)?;
+    let report = Report::new(args, &models, (&single, times), &runs)?;
     report.write(&args.output)?;
     println!("{}", report.text());
     Ok(())

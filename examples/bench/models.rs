@@ -14,15 +14,17 @@ use snn_schemas::metadata::Normalisation;
 
 use crate::fixtures::{sep_resnext, style};
 
-/// Table 6's policy with sparsification and f16.
-const TABLE_6: &str = r#"{"version": 1, "groups": 4, "staleness": 2, "dtype": "f16",
-    "decisions": [[9,4], [22,6], [18,6], [3,6], [16,7], [23,8], [9,8], [13,8], [20,7]]}"#;
+/// Table 6's decisions with sparsification.
+const TABLE_6: &str = "[[9,4], [22,6], [18,6], [3,6], [16,7], [23,8], [9,8], [13,8], [20,7]]";
+/// How its exchanges travel: as the paper's do, and by the codec with the fewest bytes that costs no accuracy.
+const CODECS: [(&str, &str); 2] =
+    [("f16", r#""dtype": "f16""#), ("i8, zeros packed", r#""dtype": "i8", "packing": "zeros""#)];
 
 /// The networks, in a folder of their own.
 pub(crate) struct Models {
     folder: tempfile::TempDir,
-    /// The separable network, split.
-    pub(crate) split: Split,
+    /// The separable network, split under each policy, by the policy's name.
+    pub(crate) splits: Vec<(String, Split)>,
     /// Operations of the unsplit network.
     pub(crate) flops: u64,
     /// Whether there is an ordinary network to compare with.
@@ -30,23 +32,42 @@ pub(crate) struct Models {
 }
 
 impl Models {
-    pub(crate) fn prepare(model: Option<&Path>, policy: Option<&Path>) -> Result<Models> {
+    pub(crate) fn prepare(model: Option<&Path>, policies: &[PathBuf]) -> Result<Models> {
         let read = |path: &Path| fs::read(path).with_context(|| path.display().to_string());
         let folder = tempfile::tempdir()?;
         let paper = |groups| sep_resnext(56, [4, 16], 64, groups, 100).onnx(style("burn"));
         let bytes = model.map_or_else(|| normalised(paper(4)), read)?;
-        let policy = policy.map_or_else(|| Ok(TABLE_6.as_bytes().to_vec()), read)?;
-        let policy = PolicySource::from_bytes(&policy).context("policy")?;
         let source = Source::from_bytes(bytes.clone().into())?;
-        let split = compile(&source, Some(&policy), &Options::default())?;
-        snn::compile::write(&split, &folder.path().join("split"))?;
-        let models =
-            Models { flops: flops(&source, None)?, has_ordinary: model.is_none(), folder, split };
+        let mut models = Models {
+            flops: flops(&source, None)?,
+            has_ordinary: model.is_none(),
+            folder,
+            splits: vec![],
+        };
+        for path in policies {
+            let name = path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy();
+            models.split(&source, &name, &read(path)?)?;
+        }
+        for (name, codec) in CODECS.iter().filter(|_| policies.is_empty()) {
+            let policy = format!(
+                r#"{{"version": 1, "groups": 4, "staleness": 2, {codec}, "decisions": {TABLE_6}}}"#
+            );
+            models.split(&source, name, policy.as_bytes())?;
+        }
         models.write_whole(&source, &bytes)?;
         if models.has_ordinary {
             fs::write(models.ordinary(), paper(1))?;
         }
         Ok(models)
+    }
+
+    /// Splits the network under one more policy.
+    fn split(&mut self, source: &Source, name: &str, policy: &[u8]) -> Result<()> {
+        let policy = PolicySource::from_bytes(policy).with_context(|| name.to_owned())?;
+        let split = compile(source, Some(&policy), &Options::default())?;
+        snn::compile::write(&split, &self.split_folder(self.splits.len()))?;
+        self.splits.push((name.to_owned(), split));
+        Ok(())
     }
 
     /// The unsplit network as a cluster of one: any model is one.
@@ -63,12 +84,14 @@ impl Models {
         Ok(())
     }
 
+    /// Nodes of the largest split.
     pub(crate) fn nodes(&self) -> usize {
-        self.split.manifest.nodes.len()
+        self.splits.iter().map(|(_, split)| split.manifest.nodes.len()).max().unwrap_or(0)
     }
 
-    pub(crate) fn split_folder(&self) -> PathBuf {
-        self.folder.path().join("split")
+    /// The network split under the policy of this number.
+    pub(crate) fn split_folder(&self, policy: usize) -> PathBuf {
+        self.folder.path().join(format!("split{policy}"))
     }
 
     pub(crate) fn whole_folder(&self) -> PathBuf {

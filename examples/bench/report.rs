@@ -1,6 +1,6 @@
 //! What was measured beside what was predicted: JSON, a picture and a text.
 //!
-//! Takes measurements of all links; gives `bench.json` (with a description of the machine), `bench.svg`
+//! Takes measurements under all policies and on all links; gives `bench.json` (with a description of the machine), `bench.svg`
 //! (where a request's time goes) and the lines that are printed.
 
 use std::fmt::Write as _;
@@ -11,12 +11,13 @@ use anyhow::{Context as _, Result};
 use serde::Serialize;
 use serde_json::{Value, json};
 use snn::chart::{self, Bar, Frame};
-use snn_schemas::cost::{Device, Link, Plan};
+use snn_compiler::Split;
+use snn_schemas::cost::{Device, Plan};
 
 use crate::links::{Cluster, Measured};
 use crate::models::Models;
 use crate::single::Single;
-use crate::{Args, quantile};
+use crate::{Args, Run, quantile};
 
 pub(crate) struct Report {
     json: Value,
@@ -27,6 +28,7 @@ pub(crate) struct Report {
 /// What one link gave. Times in ms, shares 0 to 1.
 #[derive(Clone, Debug, Serialize)]
 struct Figures {
+    policy: String,
     link_mbit: f64,
     round_trip_ms: f64,
     one_ms: f64,
@@ -34,11 +36,14 @@ struct Figures {
     emulated_ms: f64,
     /// Median of the ratios, request by request.
     speed_up: f64,
+    /// What the cost model predicts for such a device, with the time that exchanges take within it.
     predicted_ms: f64,
-    predicted_speed_up: f64,
-    /// Measured against predicted.
-    of_predicted: f64,
     prediction_error: f64,
+    /// The same without that time: what a perfect runtime reaches.
+    perfect_ms: f64,
+    perfect_speed_up: f64,
+    /// Measured against it.
+    of_perfect: f64,
     /// User space against namespaces.
     emulation_error: f64,
     predicted_hidden: Option<f64>,
@@ -57,20 +62,24 @@ struct Figures {
 impl Figures {
     fn new(
         (device, one_ms): (&Device, f64),
-        plan: &Plan,
+        (policy, split): &(String, Split),
         (single, times): (&Single, f64),
-        (link, measured): &(Link, Measured),
+        Run { link, measured, .. }: &Run,
     ) -> Result<Figures> {
-        let predicted = plan.predict(std::slice::from_ref(device), link)?;
         let Measured { one, four, emulated, hidden, .. } = measured;
+        let plan = &as_sent(split, four)?;
+        let predicted = plan.predict(std::slice::from_ref(device), link)?;
+        let perfect = plan.predict(&[Device { gbytes: None, ..device.clone() }], link)?;
         let pairs = one.latencies.iter().zip(&four.latencies).map(|(one, four)| one / four);
         let speed_up = quantile(&pairs.collect::<Vec<f64>>(), 0.5);
         let four_ms = median(four);
         let predicted_ms = 1e3 * predicted.latency;
-        let predicted_speed_up = one_ms / predicted_ms;
-        let entry = &four.nodes[plan.entry];
+        let perfect_ms = 1e3 * perfect.latency;
+        let perfect_speed_up = one_ms / perfect_ms;
+        let entry = &four.nodes[split.manifest.entry];
         let mean = four.latencies.iter().sum::<f64>() / four.latencies.len() as f64;
         Ok(Figures {
+            policy: policy.clone(),
             link_mbit: link.bits_per_second / 1e6,
             round_trip_ms: 1e3 * link.round_trip.as_secs_f64(),
             one_ms: median(one),
@@ -78,9 +87,10 @@ impl Figures {
             emulated_ms: median(emulated),
             speed_up,
             predicted_ms,
-            predicted_speed_up,
-            of_predicted: speed_up / predicted_speed_up,
             prediction_error: predicted_ms / four_ms - 1.0,
+            perfect_ms,
+            perfect_speed_up,
+            of_perfect: speed_up / perfect_speed_up,
             emulation_error: median(emulated) / four_ms - 1.0,
             predicted_hidden: predicted.hidden(),
             hidden: *hidden,
@@ -95,6 +105,17 @@ impl Figures {
     }
 }
 
+/// The plan with the bytes that really crossed, where their number depends on the input.
+fn as_sent(split: &Split, cluster: &Cluster) -> Result<Plan> {
+    let mut plan = Plan::of_manifest(&split.manifest).context("the split computes nothing")?;
+    for &(transfer, bytes) in cluster.nodes.iter().flat_map(|node| &node.sends) {
+        if let Some(carried) = plan.transfers.get_mut(transfer as usize) {
+            carried.bytes = bytes.round() as u64;
+        }
+    }
+    Ok(plan)
+}
+
 fn median(cluster: &Cluster) -> f64 {
     quantile(&cluster.latencies, 0.5)
 }
@@ -102,33 +123,38 @@ fn median(cluster: &Cluster) -> f64 {
 impl Report {
     pub(crate) fn new(
         args: &Args,
-        (models, plan): (&Models, &Plan),
+        models: &Models,
         (single, times): (&Single, f64),
-        measured: &[(Link, Measured)],
+        runs: &[Run],
     ) -> Result<Report> {
         let one_ms = 1e3 * args.device.seconds(models.flops);
-        let about = (&args.device, one_ms);
-        let figures: Vec<Figures> = measured
+        // Slowed by one factor, a device moves features as much slower as it computes.
+        let gbytes = args.device.gbytes.or(single.gbytes.map(|gbytes| gbytes / times));
+        let device = Device { gbytes, ..args.device.clone() };
+        let about = (&device, one_ms);
+        let figures: Vec<Figures> = runs
             .iter()
-            .map(|link| Figures::new(about, plan, (single, times), link))
+            .map(|run| Figures::new(about, &models.splits[run.policy], (single, times), run))
             .collect::<Result<_>>()?;
-        let links: Vec<Value> = figures
+        let measured: Vec<Value> = figures
             .iter()
-            .zip(measured)
-            .map(|(figures, (_, measured))| json!({ "figures": figures, "measured": measured }))
+            .zip(runs)
+            .map(|(figures, run)| json!({ "figures": figures, "measured": run.measured }))
             .collect();
         let json = json!({
             "machine": machine(),
-            "device_gflops": args.device.gflops,
+            "device": device,
             "times_slower": times,
             "here_gflops": single.gflops(models),
             "unsplit_flops": models.flops,
             "single_ms_here": single,
-            "links": links,
+            "runs": measured,
         });
-        let drawn = measured.iter().find(|(link, _)| link.bits_per_second == 300e6);
-        let drawn = drawn.or(measured.first()).context("no link was measured")?;
-        let svg = picture(args, plan, drawn)?;
+        let drawn = runs.iter().find(|run| run.link.bits_per_second == 300e6).or(runs.first());
+        let drawn = drawn.context("nothing was measured")?.link.bits_per_second;
+        let drawn: Vec<&Run> =
+            runs.iter().filter(|run| run.link.bits_per_second == drawn).collect();
+        let svg = picture(args, models, &drawn)?;
         let text = text(args, models, (single, times), &figures);
         Ok(Report { json, svg, text })
     }
@@ -147,19 +173,23 @@ impl Report {
     }
 }
 
-/// The paper's Figure 6: where a request's time goes.
-fn picture(args: &Args, plan: &Plan, (link, measured): &(Link, Measured)) -> Result<String> {
-    let bar = |name: &str, cluster: &Cluster, entry: usize| {
+/// The paper's Figure 6: where a request's time goes, under each policy on one link.
+fn picture(args: &Args, models: &Models, runs: &[&Run]) -> Result<String> {
+    let bar = |name: String, cluster: &Cluster, entry: usize| {
         let node = &cluster.nodes[entry];
         let mean = cluster.latencies.iter().sum::<f64>() / cluster.latencies.len() as f64;
         let other = (mean - node.compute - node.waiting).max(0.0);
-        Bar { name: name.to_owned(), parts: vec![node.compute, node.waiting, other] }
+        Bar { name, parts: vec![node.compute, node.waiting, other] }
     };
-    let bars = [
-        bar("one device", &measured.one, 0),
-        bar("four devices", &measured.four, plan.entry),
-        bar("four, emulated", &measured.emulated, plan.entry),
-    ];
+    let first = runs.first().context("nothing was measured")?;
+    let mut bars = vec![bar("one device".to_owned(), &first.measured.one, 0)];
+    for Run { policy, measured, .. } in runs {
+        let (name, split) = &models.splits[*policy];
+        let entry = split.manifest.entry;
+        bars.push(bar(format!("four, {name}"), &measured.four, entry));
+        bars.push(bar("the same, emulated".to_owned(), &measured.emulated, entry));
+    }
+    let link = &first.link;
     let (speed, rate) = (args.device.gflops, link.bits_per_second / 1e6);
     let frame = Frame {
         title: format!("A request on devices of {speed} GFLOP/s, {rate} Mbit/s"),
@@ -200,10 +230,11 @@ fn text(
             |share: Option<f64>| share.map_or("-".to_owned(), |s| format!("{:.1} %", percent(s)));
         let _ = writeln!(
             text,
-            "\n{} Mbit/s, {} ms:\n  \
+            "\n{}, {} Mbit/s, {} ms:\n  \
              one {:.2} ms, four {:.2} ms, predicted {:.2} ms ({:+.1} %), emulated {:.2} ms ({:+.1} %)\n  \
-             speed-up {:.2}, predicted {:.2}: {:.1} % of it\n  \
+             speed-up {:.2}, of a perfect runtime {:.2}: {:.1} % of it\n  \
              hidden {}, predicted {}; other {:.1} % of the time",
+            link.policy,
             link.link_mbit,
             link.round_trip_ms,
             link.one_ms,
@@ -213,8 +244,8 @@ fn text(
             link.emulated_ms,
             percent(link.emulation_error),
             link.speed_up,
-            link.predicted_speed_up,
-            percent(link.of_predicted),
+            link.perfect_speed_up,
+            percent(link.of_perfect),
             hidden(link.hidden),
             hidden(link.predicted_hidden),
             percent(link.other_share),

@@ -13,7 +13,7 @@ use bytes::BytesMut;
 use serde::Serialize;
 use snn_runtime::engine::{Engine, Executor};
 use snn_runtime::shard::Step;
-use snn_runtime::{Shard, TractEngine};
+use snn_runtime::{Shard, TractEngine, profile};
 
 use crate::models::Models;
 
@@ -37,6 +37,8 @@ pub(crate) struct Single {
     pub(crate) onnxruntime_ordinary: Option<f64>,
     /// Its version.
     pub(crate) onnxruntime_version: Option<String>,
+    /// GB/s of features that this engine takes out to send or adds once received.
+    pub(crate) gbytes: Option<f64>,
 }
 
 impl Single {
@@ -47,7 +49,8 @@ impl Single {
         let mut ours_ordinary =
             ordinary.as_deref().map(|path| Loaded::new(path, TractEngine::new(1))).transpose()?;
         let infinite = f64::INFINITY;
-        let mut single = Single { ours: infinite, tract: infinite, ..Single::default() };
+        let gbytes = profile::measure(&mut TractEngine::new(1)).context("profile")?.gbytes;
+        let mut single = Single { ours: infinite, tract: infinite, gbytes, ..Single::default() };
         for _ in 0..ROUNDS {
             single.ours = ours.least()?.min(single.ours);
             single.tract = tract.least()?.min(single.tract);
