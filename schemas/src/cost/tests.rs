@@ -173,7 +173,7 @@ fn a_trunk_drops_what_no_output_needs() {
     let block = Compute(10 * MS);
     let entry = [Send(0), Compute(MS), block, block, Receive(1), block, block, Compute(MS)];
     assert_eq!(plan.nodes[0], entry);
-    assert_eq!(plan.transfers[1], Carried { elements: 1250, ..carried(1, 0, 5000) });
+    assert_eq!(plan.transfers[1], Carried { elements: 2500, ..carried(1, 0, 5000) });
     let silent = trunk(4).plan(&policy(2, &[[0, 1], [0, 1]])).unwrap();
     assert_eq!((silent.nodes[1].len(), silent.transfers.len()), (0, 0));
 }
