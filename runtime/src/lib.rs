@@ -26,6 +26,7 @@ pub mod watch;
 
 pub mod node;
 
+pub mod knowledge;
 pub mod membership;
 pub mod questions;
 pub mod serve;

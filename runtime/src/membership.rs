@@ -5,6 +5,10 @@
 //! home, and a missing rank with the process that has least to do. Whoever sees the same announcements
 //! comes to the same answer, so that nobody need agree with anybody; where views differ for a moment a
 //! rank is computed twice, with the same result. Placement decides what is computed, never who.
+//!
+//! A cluster that is still gathering misses nobody yet, so that nobody is stood in for before it has been
+//! complete. That it has is announced too, by everybody who knows: whoever joins later, as a new
+//! process or once more, is told, and the knowledge ends with the last who has it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -13,6 +17,13 @@ use snn_schemas::MAX_GROUPS;
 
 /// Keys of announcements begin with this.
 pub(crate) const ALIVE: &str = "snn/alive";
+/// Keys under which processes announce that their cluster has been complete begin with this.
+const COMPLETE: &str = "snn/complete";
+
+/// Key of the announcement that a split's cluster has been complete; of `*` those of all sessions.
+pub(crate) fn complete_key(split: &str, session: &str) -> String {
+    format!("{COMPLETE}/{split}/{session}")
+}
 
 /// In what role a process computes a rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -77,6 +88,30 @@ impl Announcement {
 /// Sessions of the processes of one split, by the rank they are at home at.
 pub type Homes = BTreeMap<usize, BTreeSet<String>>;
 
+/// What has been announced of one split.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Members {
+    /// Who is at home. A rank whose processes are all gone keeps its empty place.
+    pub homes: Homes,
+    /// Ranks that somebody has stood in for.
+    pub stood_in_for: BTreeSet<usize>,
+    /// Whether somebody says that the cluster has been complete.
+    pub told_complete: bool,
+}
+
+impl Members {
+    /// Whether the cluster of so many nodes has ever been complete.
+    pub fn have_been_complete(&self, nodes: usize) -> bool {
+        self.told_complete || (0..nodes).all(|rank| self.homes.contains_key(&rank))
+    }
+
+    /// Whether of every rank a process is at home, or somebody knew that none was.
+    pub fn are_known(&self, nodes: usize) -> bool {
+        let is_home = |rank| self.homes.get(&rank).is_some_and(|sessions| !sessions.is_empty());
+        (0..nodes).all(|rank| is_home(rank) || self.stood_in_for.contains(&rank))
+    }
+}
+
 /// The session that computes each rank of `nodes`: all of those at home, else one guest.
 ///
 /// A missing rank goes to the process with the fewest ranks, of several to the one with the lowest
@@ -135,6 +170,23 @@ mod tests {
         let one = homes(&[(2, &["c"]), (3, &[])]);
         assert_eq!(ranks_of(&hosts(4, &one), "c"), [0, 1, 2, 3]);
         assert_eq!(hosts(4, &Homes::new()), BTreeMap::new());
+    }
+
+    #[test]
+    fn a_cluster_has_been_complete_once_all_were_there_or_somebody_says_so() {
+        let of = |present| Members { homes: homes(present), ..Members::default() };
+        assert!(!of(&[(0, &["a"])]).have_been_complete(2));
+        assert!(of(&[(0, &["a"]), (1, &[])]).have_been_complete(2));
+        assert!(Members { told_complete: true, ..of(&[(0, &["a"])]) }.have_been_complete(2));
+    }
+
+    #[test]
+    fn ranks_are_known_that_are_at_home_or_were_stood_in_for() {
+        let of = |present| Members { homes: homes(present), ..Members::default() };
+        assert!(of(&[(0, &["a"]), (1, &["b"])]).are_known(2));
+        let left = of(&[(0, &["a"]), (1, &[])]);
+        assert!(!left.are_known(2));
+        assert!(Members { stood_in_for: BTreeSet::from([1]), ..left }.are_known(2));
     }
 
     #[test]

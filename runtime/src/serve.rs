@@ -1,13 +1,14 @@
 //! A process on the network: the ranks it computes on one side, those who ask on the other.
 //!
-//! [`Server::start`] takes an open [`Link`], a shard and engines for it, and joins the cluster. The
-//! process that computes the entry rank answers inference requests ([`questions`](crate::questions)) and says
-//! what the model takes and gives; every rank reports what it has counted.
+//! [`Server::start`] takes an open [`Link`], what the process knows ([`Knowledge`]: its shard, to begin
+//! with) and engines for it, and joins the cluster. The process that computes the entry rank answers
+//! inference requests ([`questions`](crate::questions)) and says what the model takes and gives; every
+//! rank reports what it has counted.
 //!
 //! With [`ServerOptions::takeover`] a process stands in for ranks whose own processes are gone, as
 //! [`membership`](crate::membership) tells, once the cluster has been complete; requests that a loss
 //! interrupts are run again from their inputs. It gives a rank back when its own process returns. For
-//! this every process keeps the shards of all ranks ([`Shelf`]), fetched from peers where it must be.
+//! this every process keeps the shards of all ranks, fetched from peers where it must be.
 //!
 //! Shutting down, or dropping the server, ends every task it started.
 
@@ -26,10 +27,11 @@ use zenoh::query::{ConsolidationMode, QueryTarget};
 use crate::client::{ClusterInfo, infer_key, info_key, report_key, shard_key};
 use crate::engine::Engine;
 use crate::http::{Asker, ClusterAsker, Own};
-use crate::membership::{Homes, Role, hosts};
+use crate::knowledge::Knowledge;
+use crate::membership::{Members, Role, hosts};
 use crate::node::{InferError, Node, NodeReport, StartError};
 use crate::questions::{Questions, answer_questions, queryable, reply};
-use crate::shard::{Shard, ShardError};
+use crate::shard::Shard;
 use crate::shelf::Shelf;
 use crate::transport::Transport;
 use crate::transport::shaped::Port;
@@ -52,7 +54,9 @@ const MAX_SHARD: usize = 1 << 30;
 const FETCH_AGAIN: Duration = Duration::from_millis(500);
 /// Pause before a rank that could not be taken over is tried again.
 const TAKE_AGAIN: Duration = Duration::from_secs(1);
-
+/// How long a process that joins a cluster which has been complete looks for its peers before it stands
+/// in for those of whom it hears nothing: they may be joining too, and take a moment to connect.
+const GATHER: Duration = Duration::from_millis(1_500);
 /// How long after a node came or went its peers may still disagree about their links, and lose frames
 /// by it: a handshake's time, twice.
 const SETTLE: Duration = Duration::from_secs(3);
@@ -87,8 +91,8 @@ struct Process {
     engines: EngineMaker,
     options: ServerOptions,
     info: ShardInfo,
-    shelf: Shelf,
-    homes: watch::Receiver<Homes>,
+    knowledge: Arc<Knowledge>,
+    members: watch::Receiver<Members>,
     reruns: Reruns,
     ranks: Mutex<BTreeMap<usize, Computed>>,
 }
@@ -123,26 +127,25 @@ struct Computed {
 }
 
 impl Server {
-    /// Loads the shard, joins its cluster and answers from then on. `bytes` are the shard's file.
+    /// Loads the shard, joins its cluster and answers from then on. A process that joins again brings
+    /// what it knew.
     ///
     /// # Errors
     /// What the engine cannot load, or why the link cannot be used.
     pub async fn start(
         link: Link,
-        bytes: Bytes,
+        knowledge: Arc<Knowledge>,
         engines: EngineMaker,
         options: ServerOptions,
     ) -> Result<Server, ServeError> {
-        let shard = Shard::from_bytes(bytes.clone())?;
-        let info = shard.identity().clone();
-        let (homes, watch) = link.homes(&info.split).await?;
-        let shelf = Shelf::new(&shard, bytes);
+        let info = knowledge.shard().identity().clone();
+        let (members, watch) = link.members(&info.split).await?;
         let ranks = Mutex::default();
         let can_go_on = options.takeover || options.degrade.is_some();
         let reruns = Reruns { can_go_on, ..Reruns::default() };
-        let process = Process { link, engines, options, info, shelf, homes, reruns, ranks };
+        let process = Process { link, engines, options, info, knowledge, members, reruns, ranks };
         let process = Arc::new(process);
-        process.compute(&shard, Role::Home).await?;
+        process.compute(process.knowledge.shard(), Role::Home).await?;
         let mut tasks = JoinSet::new();
         let questions = queryable(&process.link, &shard_key(&process.info.split, "*")).await?;
         tasks.spawn(Arc::clone(&process).hand_out_shards(questions));
@@ -162,11 +165,6 @@ impl Server {
     /// Whether one of those connected is a router.
     pub async fn meets_router(&self) -> bool {
         self.process.link.meets_router().await
-    }
-
-    /// Offers a file that may be the shard of `rank`, so that it need not be fetched from a peer.
-    pub fn offer(&self, rank: usize, bytes: Bytes) -> bool {
-        self.process.shelf.offer(rank, bytes)
     }
 
     /// Ranks that nobody computes.
@@ -228,6 +226,10 @@ impl Server {
 impl Process {
     fn ranks(&self) -> MutexGuard<'_, BTreeMap<usize, Computed>> {
         self.ranks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn shelf(&self) -> &Shelf {
+        self.knowledge.shelf()
     }
 
     /// What this process knows of itself.
@@ -295,16 +297,28 @@ impl Process {
 
     /// Stands in for whoever is gone, as long as the server lives.
     async fn stand_in(self: Arc<Self>) {
-        let mut homes = self.homes.clone();
+        let mut members = self.members.clone();
         let nodes = self.info.nodes;
         // A cluster that is still gathering misses nobody yet.
-        let complete = |homes: &Homes| (0..nodes).all(|rank| homes.contains_key(&rank));
-        if homes.wait_for(complete).await.is_err() {
+        if !self.knowledge.has_been_complete() {
+            let complete = members.wait_for(|members| members.have_been_complete(nodes)).await;
+            if complete.is_err() {
+                return;
+            }
+            self.knowledge.note_complete();
+        }
+        let _told = match self.link.announce_complete(&self.info.split).await {
+            Ok(told) => told,
+            // The session has ended, and this process with it.
+            Err(error) => return tracing::debug!(%error, "nobody is stood in for"),
+        };
+        let known = members.wait_for(|members| members.are_known(nodes));
+        if let Ok(Err(_)) = tokio::time::timeout(GATHER, known).await {
             return;
         }
         let own = self.link.id();
         loop {
-            let view = homes.borrow_and_update().clone();
+            let view = members.borrow_and_update().homes.clone();
             self.reruns.note_change();
             let mine = hosts(nodes, &view).into_iter().filter(|(_, who)| who.contains(&own));
             let wanted: BTreeSet<usize> = mine.map(|(rank, _)| rank).collect();
@@ -320,14 +334,14 @@ impl Process {
             }
             let again = tokio::time::sleep(TAKE_AGAIN);
             tokio::select! {
-                changed = homes.changed() => if changed.is_err() { return },
+                changed = members.changed() => if changed.is_err() { return },
                 () = again, if failed => {}
             }
         }
     }
 
     async fn take_over(&self, rank: usize) -> bool {
-        let shard = self.shelf.get(rank).map(Shard::from_bytes);
+        let shard = self.shelf().get(rank).map(Shard::from_bytes);
         let Some(Ok(shard)) = shard else {
             tracing::warn!(rank, "cannot stand in: its shard is not here");
             return false;
@@ -352,7 +366,7 @@ impl Process {
     async fn gather_shards(self: Arc<Self>) {
         loop {
             tokio::time::sleep(FETCH_AGAIN).await;
-            let missing = self.shelf.missing();
+            let missing = self.shelf().missing();
             if missing.is_empty() {
                 return;
             }
@@ -370,7 +384,7 @@ impl Process {
         while let Some((length, chunk)) = self.fetch_chunk(rank, file.len()).await? {
             file.extend_from_slice(&chunk);
             if file.len() >= length {
-                if !self.shelf.offer(rank, file.into()) {
+                if !self.shelf().offer(rank, file.into()) {
                     tracing::warn!(rank, "what peers gave is not the shard");
                 }
                 return Ok(());
@@ -408,7 +422,7 @@ impl Process {
             let asked =
                 query.key_expr().as_str().rsplit('/').next().and_then(|rank| rank.parse().ok());
             if let Some(rank) = asked.filter(|&rank| rank < self.info.nodes)
-                && let Some(bytes) = self.shelf.get(rank)
+                && let Some(bytes) = self.shelf().get(rank)
             {
                 let chunk = chunk(&bytes, query.payload().and_then(into_bytes));
                 reply(&query, shard_key(&self.info.split, &rank.to_string()), chunk).await;
@@ -535,9 +549,6 @@ async fn infer(
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
-    /// The file is no shard.
-    #[error(transparent)]
-    Shard(#[from] ShardError),
     /// The shard cannot be loaded.
     #[error(transparent)]
     Start(#[from] StartError),

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use snn_runtime::Shard;
+use snn_runtime::knowledge::Knowledge;
 use snn_runtime::serve::{Server, ServerOptions};
 use snn_runtime::transport::zenoh::{DEFAULT_LISTEN, FROZEN_AFTER, Link, Options};
 use snn_schemas::manifest::{MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest};
@@ -148,7 +149,8 @@ pub(super) async fn node(node: args::Node) -> Result<ExitCode> {
 /// Serves a shard until `stop` is done. Tells `tell` how far it has come.
 ///
 /// A process that was frozen, or whose machine slept, while others could stand in for it joins again as
-/// a new one: its peers have closed their ends of its connections, and what it holds of them is stale.
+/// a new one, with what it knows of its cluster: its peers have closed their ends of its connections, and
+/// what it holds of them is stale.
 /// The trace file then tells of the time since. So does a node that finds itself alone with a router: it
 /// joins through it, as a client.
 pub(super) async fn serve(
@@ -160,10 +162,11 @@ pub(super) async fn serve(
     tokio::pin!(stop);
     let mut setup = setup.clone();
     let mut rejoining_until = None;
+    let knowledge = read(&setup.shard).with_context(|| file.clone())?;
     loop {
         let started = tokio::select! {
             () = &mut stop => return Ok(()),
-            started = start(&setup, tell) => started,
+            started = start(&setup, &knowledge, tell) => started,
         };
         let (server, http) = match started {
             Ok(started) => started,
@@ -217,15 +220,20 @@ enum Left {
     AloneWithRouter,
 }
 
+fn read(shard: &Path) -> Result<Arc<Knowledge>> {
+    let bytes = Bytes::from(fs::read(shard).context("read")?);
+    Ok(Arc::new(Knowledge::new(bytes).context("shard")?))
+}
+
 async fn start(
     setup: &Setup,
+    knowledge: &Arc<Knowledge>,
     tell: &(dyn Fn(Progress<'_>) + Sync),
 ) -> Result<(Server, Option<http::Serving>)> {
-    let bytes = Bytes::from(fs::read(&setup.shard).context("read")?);
-    let shard = Shard::from_bytes(bytes.clone()).context("shard")?;
+    let shard = knowledge.shard();
     let folder = setup.shard.parent().unwrap_or(Path::new(""));
-    let manifest = beside(folder, &shard).context("addresses")?;
-    let options = options(setup, &shard, manifest.as_ref())?;
+    let manifest = beside(folder, shard).context("addresses")?;
+    let options = options(setup, shard, manifest.as_ref())?;
     let http = match &setup.http {
         Some(settings) => Some(http::claim(settings, setup.open_http).await?),
         None => None,
@@ -243,12 +251,15 @@ async fn start(
     let engines = Arc::new(move || emulation::engine(threads, times));
     let Setup { takeover, trace, degrade, .. } = *setup;
     let options = ServerOptions { takeover, trace, degrade, link: slowed };
-    let server = Server::start(link, bytes, engines, options).await.context("load")?;
+    let server = Server::start(link, Arc::clone(knowledge), engines, options);
+    let server = server.await.context("load")?;
     if let Some(manifest) = manifest.filter(|_| setup.takeover) {
-        for node in manifest.nodes {
+        for rank in knowledge.shelf().missing() {
             // A device may have been given its own shard only; peers have the others.
-            if let Ok(bytes) = fs::read(folder.join(&node.shard)) {
-                server.offer(node.rank, bytes.into());
+            let file = manifest.nodes.iter().find(|node| node.rank == rank);
+            let bytes = file.and_then(|node| fs::read(folder.join(&node.shard)).ok());
+            if let Some(bytes) = bytes {
+                knowledge.shelf().offer(rank, bytes.into());
             }
         }
     }

@@ -37,7 +37,7 @@ pub(crate) struct Place {
 }
 
 pub(crate) struct Devices {
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
     lines: Vec<Vec<String>>,
     processes: Vec<Child>,
     pub(crate) addresses: Vec<String>,
@@ -84,7 +84,7 @@ impl Devices {
 
     fn run(folder: tempfile::TempDir, lines: Vec<Vec<String>>, addresses: Vec<String>) -> Devices {
         let processes = lines.iter().map(|line| spawn(line)).collect();
-        Devices { _folder: folder, lines, processes, addresses }
+        Devices { folder, lines, processes, addresses }
     }
 
     pub(crate) async fn client(&self) -> Client {
@@ -105,6 +105,11 @@ impl Devices {
 
     pub(crate) fn restart(&mut self, rank: usize) {
         self.processes[rank] = spawn(&self.lines[rank]);
+    }
+
+    /// Takes a shard's file away from all nodes; what they have read of it they keep.
+    pub(crate) fn lose_shard(&self, rank: usize) {
+        std::fs::remove_file(self.folder.path().join(format!("shard_{rank}.onnx"))).unwrap();
     }
 
     pub(crate) fn signal(&self, rank: usize, signal: &str) {

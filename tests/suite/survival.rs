@@ -1,9 +1,15 @@
 //! Nodes die, freeze and return while requests are made: every one is answered, and rightly.
 
+use std::time::{Duration, Instant};
+
 use snn_compiler::Nodes;
 
-use crate::devices::{Devices, any_rank, ask_through, die_and_return, net, policy_of};
-use crate::folder;
+use crate::cluster::PATIENCE;
+use crate::devices::{Devices, WITHIN, any_rank, ask_through, die_and_return, net, policy_of};
+use crate::{assert_close, folder, image, reference};
+
+/// Longer than a node may stand still before it joins again as a new one.
+const FREEZE: Duration = Duration::from_millis(1_500);
 
 fn devices() -> Devices {
     let net = net();
@@ -35,6 +41,49 @@ async fn the_last_of_four_still_answers() {
         5 => devices.kill(0),
         12 => devices.kill(3),
         20 => devices.kill(1),
+        _ => {}
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn survivors_that_freeze_together_still_stand_in_for_the_dead() {
+    let (net, mut devices) = (net(), devices());
+    // Of four that answer each has looked at the folder for shards. Then that of the dead is gone.
+    ask_through(&net, &mut devices, 30, |devices, number| match number {
+        10 => devices.kill(2),
+        20 => devices.lose_shard(2),
+        _ => {}
+    })
+    .await;
+    for rank in [0, 1, 3] {
+        devices.signal(rank, "-STOP");
+    }
+    tokio::time::sleep(FREEZE).await;
+    for rank in [0, 1, 3] {
+        devices.signal(rank, "-CONT");
+    }
+    let input = image(&net, 1);
+    let expected = reference::logits(&net, Some(&policy_of(&net)), input.data());
+    let deadline = Instant::now() + PATIENCE;
+    let answer = loop {
+        let client = devices.client().await;
+        match client.infer(vec![input.clone()], WITHIN).await {
+            Ok(answer) => break answer,
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+    };
+    assert_close(answer.outputs[0].data(), &expected, "afterwards");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_returns_stands_in_for_another_that_does_not() {
+    ask_through(&net(), &mut devices(), 60, |devices, number| match number {
+        5 => devices.kill(3),
+        15 => devices.kill(0),
+        25 => devices.restart(0),
+        // Of two with as much to do the lower one stands in: by now it is the one that returned.
+        45 => devices.kill(2),
         _ => {}
     })
     .await;

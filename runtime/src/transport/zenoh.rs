@@ -40,7 +40,7 @@ use zenoh::{Config, Session, Wait as _};
 
 use super::{BoxFuture, Event, Sink, Transport, TransportError};
 use crate::key::ClusterKey;
-use crate::membership::{ALIVE, Announcement, Homes, Role};
+use crate::membership::{ALIVE, Announcement, Members, Role, complete_key};
 
 /// Where a node listens when nobody says otherwise: on this machine only, on a free port.
 pub const DEFAULT_LISTEN: &str = "tcp/127.0.0.1:0";
@@ -340,28 +340,52 @@ impl Link {
             .map_err(session_error)
     }
 
-    /// Who is at home at which rank of a split, now and from now on, while the result is kept.
+    /// What is announced of a split, now and from now on, while the result is kept.
     ///
     /// # Errors
     /// [`LinkError::Session`] when the session has ended.
-    pub(crate) async fn homes(
+    pub(crate) async fn members(
         &self,
         split: &str,
-    ) -> Result<(watch::Receiver<Homes>, Watch), LinkError> {
-        let (changed, homes) = watch::channel(Homes::new());
-        let keys = format!("{ALIVE}/{split}/**");
+    ) -> Result<(watch::Receiver<Members>, Watch), LinkError> {
+        let (changed, members) = watch::channel(Members::default());
+        let told = changed.clone();
         let on_token = move |Announcement { rank, role, session, .. }: Announcement, up: bool| {
-            if role == Role::Home {
-                changed.send_modify(|homes| {
-                    let sessions = homes.entry(rank).or_default();
-                    match up {
-                        true => sessions.insert(session),
-                        false => sessions.remove(&session),
-                    };
-                });
-            }
+            changed.send_modify(|members| match (role, up) {
+                (Role::Home, true) => {
+                    members.homes.entry(rank).or_default().insert(session);
+                }
+                (Role::Home, false) => {
+                    members.homes.entry(rank).or_default().remove(&session);
+                }
+                (Role::Guest, true) => {
+                    members.stood_in_for.insert(rank);
+                }
+                (Role::Guest, false) => {}
+            });
         };
-        Ok((homes, Watch { _announcements: self.announcements(keys, on_token).await? }))
+        let homes = self.announcements(format!("{ALIVE}/{split}/**"), on_token).await?;
+        let on_complete = move |_: Sample| {
+            told.send_if_modified(|members| !std::mem::replace(&mut members.told_complete, true));
+        };
+        let complete = self
+            .session
+            .liveliness()
+            .declare_subscriber(complete_key(split, "*"))
+            .history(true)
+            .callback(on_complete)
+            .await
+            .map_err(session_error)?;
+        Ok((members, Watch { _homes: homes, _complete: complete }))
+    }
+
+    /// Says that the cluster of a split has been complete, for as long as the result is kept.
+    ///
+    /// # Errors
+    /// [`LinkError::Session`] when the session has ended.
+    pub(crate) async fn announce_complete(&self, split: &str) -> Result<Told, LinkError> {
+        let token = self.session.liveliness().declare_token(complete_key(split, &self.id()));
+        Ok(Told { _token: token.await.map_err(session_error)? })
     }
 
     /// The process, as announcements name it.
@@ -378,9 +402,15 @@ impl Link {
     }
 }
 
-/// Keeps [`Link::homes`] up to date.
+/// Keeps what [`Link::members`] gives up to date.
 pub(crate) struct Watch {
-    _announcements: Subscriber<()>,
+    _homes: Subscriber<()>,
+    _complete: Subscriber<()>,
+}
+
+/// Keeps what [`Link::announce_complete`] says.
+pub(crate) struct Told {
+    _token: LivelinessToken,
 }
 
 /// Which announcements are made for each rank of each split.
