@@ -7,22 +7,28 @@
 //! *version* is one `cluster.json`, named by its SHA-256, with the shards whose hashes it lists.
 //!
 //! Whoever deploys claims the agents first, so that nobody else changes them meanwhile; the claim of
-//! somebody who is gone ends by itself ([`CLAIM_WITHIN`]). A version is sent, started beside the one that runs, asked, made the current one, and only then
-//! is the old one drained and stopped. One that is started but never becomes current ends by itself
-//! ([`TRIAL_WITHIN`]): whoever deployed it is gone. After a restart an agent runs its current version.
+//! somebody who is gone ends by itself ([`CLAIM_WITHIN`]). A version is sent, started beside the one that
+//! runs, asked, made the current one, and only then is the old one drained and stopped. One that is started
+//! but never becomes current ends by itself ([`TRIAL_WITHIN`]): whoever deployed it is gone. After a
+//! restart an agent runs its current version.
 
 pub mod wire;
 
 pub mod front;
 pub mod store;
 
-mod remote;
+mod claim;
+mod error;
+mod launch;
 mod server;
 
+mod remote;
+
+pub use claim::CLAIM_WITHIN;
+pub use error::AgentError;
+pub use launch::{Launched, Launcher, NodeOrder};
 pub use remote::{Remote, RemoteError, find};
-pub use server::{
-    Agent, AgentError, AgentOptions, CLAIM_WITHIN, Launched, Launcher, NodeOrder, TRIAL_WITHIN,
-};
+pub use server::{Agent, AgentOptions, TRIAL_WITHIN};
 pub use wire::{Description, NodeState, Settings, Version, VersionState};
 
 /// Port an agent listens on where nobody says otherwise.

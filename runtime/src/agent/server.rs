@@ -17,23 +17,22 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use zenoh::query::Query;
 
+use super::claim::Claim;
+use super::error::AgentError;
 use super::front::{Backend, Front};
-use super::store::{Order, Store, StoreError};
+use super::launch::{Launched, Launcher, NodeOrder};
+use super::store::{Order, Store};
 use super::wire::{
-    self, AGENT_KEY, Asker, Description, MAX_MESSAGE, MAX_NAME, MAX_PEERS, NodeState, Reply,
-    Request, Settings, Version, VersionState,
+    self, AGENT_KEY, Asker, Description, MAX_MESSAGE, MAX_PEERS, NodeState, Reply, Request,
+    Version, VersionState,
 };
-use crate::client::AskError;
 use crate::key::ClusterKey;
 use crate::questions::{Questions, queryable, reply};
-use crate::transport::zenoh::{Link, LinkError, Options, into_bytes, parse_address, place};
+use crate::transport::zenoh::{Link, Options, into_bytes, parse_address, place};
 
 /// How long a version that has been started may stay without becoming current, and without a word
 /// from whoever deploys it.
 pub const TRIAL_WITHIN: Duration = Duration::from_secs(60);
-/// How long nobody else may change anything after the last word of whoever has claimed the agent: he
-/// says something every few seconds, and a cable may be moved meanwhile.
-pub const CLAIM_WITHIN: Duration = Duration::from_secs(20);
 /// How long the cluster of a version that is made current may take to answer this agent.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 /// How often the agent looks after its nodes.
@@ -64,63 +63,12 @@ pub struct AgentOptions {
     pub front: Option<String>,
 }
 
-/// What a node is started with.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NodeOrder {
-    /// The shard.
-    pub shard: PathBuf,
-    /// The version, by which its nodes look for each other.
-    pub version: Version,
-    /// Address to listen on.
-    pub listen: String,
-    /// Addresses of the other nodes.
-    pub peers: Vec<String>,
-    /// How it runs.
-    pub settings: Settings,
-}
-
-/// Runs nodes.
-pub trait Launcher: Send + Sync + 'static {
-    /// Starts a node, and starts it again whenever it ends.
-    ///
-    /// # Errors
-    /// Why there is none.
-    fn launch(&self, order: NodeOrder) -> std::io::Result<Box<dyn Launched>>;
-}
-
-/// A node that is kept running. Dropping it ends it.
-pub trait Launched: Send + Sync {
-    /// What it is doing.
-    fn state(&self) -> NodeState;
-    /// Ends it, and waits for its end; blocks.
-    fn stop(self: Box<Self>);
-}
-
 /// A version whose node runs.
 struct Running {
     launched: Box<dyn Launched>,
     order: Order,
     /// When somebody last said anything about it.
     touched: Instant,
-}
-
-/// Whoever has claimed the agent.
-struct Claim {
-    asker: Asker,
-    by: String,
-    /// When he last said anything.
-    touched: Instant,
-}
-
-impl Claim {
-    fn is_over(&self) -> bool {
-        self.touched.elapsed() > CLAIM_WITHIN
-    }
-
-    fn refusal(&self) -> AgentError {
-        let left = CLAIM_WITHIN.saturating_sub(self.touched.elapsed());
-        AgentError::Claimed { by: self.by.clone(), left }
-    }
 }
 
 /// An agent, bound to its address.
@@ -131,7 +79,7 @@ pub struct Agent {
     store: Store,
     launcher: Box<dyn Launcher>,
     front: Arc<Front>,
-    claim: Option<Claim>,
+    claim: Claim,
     running: BTreeMap<Version, Running>,
     /// Versions that were current, with the requests they still answer.
     retired: BTreeMap<Version, Arc<Backend>>,
@@ -268,17 +216,13 @@ impl Agent {
         piece: Bytes,
     ) -> Result<Reply, AgentError> {
         if request.changes() {
-            match &self.claim {
-                Some(claim) if claim.asker == asker => {}
-                Some(claim) if !claim.is_over() => return Err(claim.refusal()),
-                _ => return Err(AgentError::Unclaimed),
-            }
+            self.claim.check(&asker)?;
         }
         self.touch(&asker);
         let answer = match request {
-            Request::Claim { by } => self.claim(asker, &by),
+            Request::Claim { by } => self.claim.make(asker, &by).map(|()| Reply::Done {}),
             Request::Release {} => {
-                self.claim = self.claim.take().filter(|claim| claim.asker != asker);
+                self.claim.release(&asker);
                 Ok(Reply::Done {})
             }
             other => self.obey(other, piece).await,
@@ -290,22 +234,9 @@ impl Agent {
 
     /// Notes that whoever has claimed the agent is there.
     fn touch(&mut self, asker: &Asker) {
-        let now = Instant::now();
-        if let Some(claim) = self.claim.as_mut().filter(|claim| claim.asker == *asker) {
-            claim.touched = now;
+        if self.claim.touch(asker) {
+            let now = Instant::now();
             self.running.values_mut().for_each(|running| running.touched = now);
-        }
-    }
-
-    fn claim(&mut self, asker: Asker, by: &str) -> Result<Reply, AgentError> {
-        match &self.claim {
-            Some(claim) if claim.asker != asker && !claim.is_over() => Err(claim.refusal()),
-            _ => {
-                // It is shown on others' terminals.
-                let by = by.chars().filter(|c| !c.is_control()).take(MAX_NAME).collect();
-                self.claim = Some(Claim { asker, by, touched: Instant::now() });
-                Ok(Reply::Done {})
-            }
         }
     }
 
@@ -511,87 +442,4 @@ fn short(state: NodeState) -> NodeState {
 /// The name by which agents are found: that of the key they have.
 pub(super) fn scout_name(key: Option<&ClusterKey>) -> String {
     key.map_or_else(|| "agents".to_owned(), ClusterKey::fingerprint)
-}
-
-/// What an agent cannot do.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum AgentError {
-    /// An address, or the network.
-    #[error(transparent)]
-    Link(#[from] LinkError),
-    /// A file.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// A message that is none.
-    #[error(transparent)]
-    Wire(#[from] wire::WireError),
-    /// A cluster that does not answer.
-    #[error(transparent)]
-    Ask(#[from] AskError),
-    /// No port is free.
-    #[error("no port: {0}")]
-    Port(#[source] std::io::Error),
-    /// A node cannot be started.
-    #[error("node: {0}")]
-    Launch(#[source] std::io::Error),
-    /// More peers than a cluster can have.
-    #[error("{found} peers, at most {MAX_PEERS} are possible")]
-    Peers {
-        /// Peers given.
-        found: usize,
-    },
-    /// A time of nothing, or of more than a minute.
-    #[error("{settings}: expected 1 to {} ms", wire::MAX_SETTING_MS)]
-    Settings {
-        /// The settings.
-        settings: Settings,
-    },
-    /// Somebody else is at work.
-    #[error(
-        "{by} is deploying here; should that have died, others may in {} s",
-        left.as_secs_f32().ceil()
-    )]
-    Claimed {
-        /// Who it is.
-        by: String,
-        /// How long without a word until others may.
-        left: Duration,
-    },
-    /// Whoever asks has not claimed the agent, or another has meanwhile.
-    #[error("changed by nobody but who has claimed it")]
-    Unclaimed,
-    /// The version runs.
-    #[error("version {version} runs")]
-    Runs {
-        /// The version.
-        version: Version,
-    },
-    /// The version does not run.
-    #[error("version {version} does not run")]
-    Stopped {
-        /// The version.
-        version: Version,
-    },
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_claim_ends_with_the_silence_of_whoever_made_it() {
-        let now = Instant::now();
-        let claim =
-            |touched| Claim { asker: Asker::default(), by: "anna@laptop".to_owned(), touched };
-        let fresh = claim(now);
-        assert!(!fresh.is_over());
-        let said = fresh.refusal().to_string();
-        assert_eq!(
-            said,
-            "anna@laptop is deploying here; should that have died, others may in 20 s"
-        );
-        let silent = now.checked_sub(CLAIM_WITHIN + Duration::from_millis(1)).unwrap();
-        assert!(claim(silent).is_over());
-    }
 }
