@@ -1,0 +1,133 @@
+//! How shards get around: every process asks its peers for those it lacks, and hands out those it has.
+//!
+//! A shard travels in chunks, one a question; whoever answers first is taken at his word until the whole is
+//! there, and the shelf keeps it only if it is what it should be.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use zenoh::query::{ConsolidationMode, QueryTarget};
+
+use super::Process;
+use crate::client::shard_key;
+use crate::questions::{Questions, reply};
+use crate::transport::zenoh::{into_bytes, one_line};
+
+/// How long peers may take to hand over a shard.
+const FETCH_WITHIN: Duration = Duration::from_secs(10);
+/// Bytes of a shard that travel at once. Everything between two nodes shares one connection: on a link
+/// of 1 Mbit/s these take a tenth of the time after which silence counts as death.
+const CHUNK: usize = 8 << 10;
+/// Largest shard fetched from peers, in bytes.
+const MAX_SHARD: usize = 1 << 30;
+/// Pause before missing shards are asked for: they may be beside the own one, or their owners still
+/// be starting.
+const FETCH_AGAIN: Duration = Duration::from_millis(500);
+
+impl Process {
+    /// Fetches the shards of all ranks from whoever has them.
+    pub(super) async fn gather_shards(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(FETCH_AGAIN).await;
+            let missing = self.shelf().missing();
+            if missing.is_empty() {
+                return;
+            }
+            for rank in missing {
+                if let Err(error) = self.fetch(rank).await {
+                    tracing::debug!(rank, reason = one_line(&error), "shard not fetched");
+                }
+            }
+        }
+    }
+
+    /// Fetches one shard, a chunk after another, from whoever answers first.
+    async fn fetch(&self, rank: usize) -> zenoh::Result<()> {
+        let mut file = Vec::new();
+        while let Some((length, chunk)) = self.fetch_chunk(rank, file.len()).await? {
+            file.extend_from_slice(&chunk);
+            if file.len() >= length {
+                if !self.shelf().offer(rank, file.into()) {
+                    tracing::warn!(rank, "what peers gave is not the shard");
+                }
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// The length of a shard, and what stands in it from `from` on.
+    async fn fetch_chunk(&self, rank: usize, from: usize) -> zenoh::Result<Option<(usize, Bytes)>> {
+        let key = shard_key(&self.info.split, &rank.to_string());
+        let answers = self
+            .link
+            .session()
+            .get(key)
+            .payload((from as u64).to_le_bytes().to_vec())
+            .target(QueryTarget::All)
+            .consolidation(ConsolidationMode::None)
+            .timeout(FETCH_WITHIN)
+            .await?;
+        while let Ok(answer) = answers.recv_async().await {
+            let bytes = answer.into_result().ok().and_then(|sample| into_bytes(sample.payload()));
+            if let Some((length, chunk)) = bytes.as_ref().and_then(read_chunk)
+                && (from..=MAX_SHARD).contains(&length)
+            {
+                return Ok(Some((length, chunk)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Gives shards to those who ask for them.
+    pub(super) async fn hand_out_shards(self: Arc<Self>, questions: Questions) {
+        while let Ok(query) = questions.recv_async().await {
+            let asked =
+                query.key_expr().as_str().rsplit('/').next().and_then(|rank| rank.parse().ok());
+            if let Some(rank) = asked.filter(|&rank| rank < self.info.nodes)
+                && let Some(bytes) = self.shelf().get(rank)
+            {
+                let chunk = chunk(&bytes, query.payload().and_then(into_bytes));
+                reply(&query, shard_key(&self.info.split, &rank.to_string()), chunk).await;
+            }
+        }
+    }
+}
+
+/// A chunk of a file as it travels: the file's length, and what stands from the asked place on.
+fn chunk(file: &Bytes, question: Option<Bytes>) -> Bytes {
+    let from = question.and_then(|bytes| bytes[..].try_into().ok()).map_or(0, u64::from_le_bytes);
+    let from = usize::try_from(from).unwrap_or(usize::MAX).min(file.len());
+    let part = &file[from..file.len().min(from.saturating_add(CHUNK))];
+    [&(file.len() as u64).to_le_bytes()[..], part].concat().into()
+}
+
+/// Reads a chunk; `None` for anything else, and for one that brings nothing.
+fn read_chunk(bytes: &Bytes) -> Option<(usize, Bytes)> {
+    let length = bytes.get(..8)?.try_into().ok().map(u64::from_le_bytes)?;
+    let part = bytes.slice(8..);
+    (!part.is_empty()).then_some((usize::try_from(length).ok()?, part))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_put_together_from_its_chunks() {
+        let file = Bytes::from((0..3 * CHUNK + 5).map(|at| (at % 251) as u8).collect::<Vec<_>>());
+        let mut whole = Vec::new();
+        while whole.len() < file.len() {
+            let question = Bytes::from((whole.len() as u64).to_le_bytes().to_vec());
+            let (length, part) = read_chunk(&chunk(&file, Some(question))).unwrap();
+            assert_eq!(length, file.len());
+            assert!(part.len() <= CHUNK);
+            whole.extend_from_slice(&part);
+        }
+        assert_eq!(whole, file);
+        let beyond = Bytes::from(u64::MAX.to_le_bytes().to_vec());
+        assert_eq!(read_chunk(&chunk(&file, Some(beyond))), None);
+        assert_eq!(read_chunk(&Bytes::from_static(b"short")), None);
+    }
+}
