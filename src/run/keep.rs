@@ -1,7 +1,7 @@
 //! Nodes that an agent keeps running: a process each, started again whenever it ends.
 //!
 //! Takes orders; gives a [`Kept`] node, which tells what it is doing. The processes are children of the
-//! same kind as those of a local cluster ([`super::local`]): they end with the agent, however it ends.
+//! same kind as those of a local cluster ([`super::child`]): they end with the agent, however it ends.
 //! Between a death and the next start there is a pause, longer each time, so that a node that cannot
 //! live does not keep a device busy.
 
@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 use snn_runtime::agent::{Launched, Launcher, NodeOrder, NodeState};
 use tokio::sync::mpsc;
 
+use super::child::{Device, News, NodeProcess, Orders, STOP_GRACE};
 use super::emulation::Emulation;
-use super::local::{Device, LocalOptions, News, NodeProcess, Orders, STOP_GRACE};
+use super::local::LocalOptions;
 
 /// Pauses before a node that has ended is started again: the first, and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));

@@ -7,6 +7,7 @@
 
 mod agent;
 pub mod args;
+mod child;
 pub mod emulation;
 pub mod http;
 mod infer;

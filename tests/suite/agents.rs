@@ -15,9 +15,9 @@ use snn_runtime::client::Client;
 use snn_schemas::Dtype;
 
 use crate::cluster::PATIENCE;
-use crate::deploy::{Site, connect, first, infer, net, second, text, versions, written};
 use crate::fixtures::residual;
 use crate::processes::{children, kill};
+use crate::site::{Site, connect, first, infer, net, second, text, versions, written};
 use crate::{image, ring};
 
 /// Malformed messages to an agent.

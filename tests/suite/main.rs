@@ -11,6 +11,7 @@ mod fixtures;
 mod reference;
 
 mod cluster;
+mod site;
 
 mod agents;
 mod boards;
@@ -24,6 +25,7 @@ mod garbage;
 mod http;
 mod overlap;
 mod processes;
+mod render;
 mod routers;
 mod segment;
 mod survival;
