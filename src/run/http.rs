@@ -1,7 +1,8 @@
 //! HTTP beside a node: the address it has, the pictures it takes, and a local cluster that only serves.
 //!
 //! Takes what the command line says of HTTP; claims the address before anything is loaded, answers
-//! once the node is part of its cluster, and ends before the node does. Pictures become the model's
+//! from then on (requests wait for the node to be part of its cluster), and ends before the node does.
+//! Pictures become the model's
 //! input as those of `snn-run infer` do.
 
 use std::net::SocketAddr;
@@ -81,25 +82,19 @@ impl Claimed {
     /// Answers from now on.
     pub(super) fn serve(self, asker: Arc<dyn Asker>) -> Serving {
         let limits = Limits { within: self.within, ..Limits::of_cluster(asker.nodes()) };
-        let (address, stop) = (self.http.address(), CancellationToken::new());
+        let stop = CancellationToken::new();
         let task = self.http.serve(asker, Arc::new(picture), limits, stop.clone());
-        Serving { address, task: tokio::spawn(task), stop }
+        Serving { task: tokio::spawn(task), stop }
     }
 }
 
 /// HTTP that is being answered; dropping it ends it.
 pub(super) struct Serving {
-    address: SocketAddr,
     task: JoinHandle<()>,
     stop: CancellationToken,
 }
 
 impl Serving {
-    /// The address, with its real port.
-    pub(super) fn address(&self) -> SocketAddr {
-        self.address
-    }
-
     /// Takes no more requests, and lets those at hand finish for a moment.
     pub(super) async fn stop(mut self) {
         self.stop.cancel();

@@ -18,10 +18,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use snn_runtime::Shard;
+use snn_runtime::http::Relay;
 use snn_runtime::knowledge::Knowledge;
 use snn_runtime::serve::{Server, ServerOptions};
 use snn_runtime::transport::zenoh::{DEFAULT_LISTEN, FROZEN_AFTER, Link, Options};
 use snn_schemas::manifest::{MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest};
+use snn_schemas::metadata::ShardInfo;
 
 use super::emulation::{self, Emulation};
 use super::{args, http, trace};
@@ -150,7 +152,7 @@ pub(super) async fn node(node: args::Node) -> Result<ExitCode> {
 ///
 /// A process that was frozen, or whose machine slept, while others could stand in for it joins again as
 /// a new one, with what it knows of its cluster: its peers have closed their ends of its connections, and
-/// what it holds of them is stale.
+/// what it holds of them is stale. Its HTTP stays open meanwhile, and requests wait.
 /// The trace file then tells of the time since. So does a node that finds itself alone with a router: it
 /// joins through it, as a client.
 pub(super) async fn serve(
@@ -163,12 +165,23 @@ pub(super) async fn serve(
     let mut setup = setup.clone();
     let mut rejoining_until = None;
     let knowledge = read(&setup.shard).with_context(|| file.clone())?;
+    let ShardInfo { nodes, rank, .. } = *knowledge.shard().identity();
+    let relay = Arc::new(Relay::new(nodes, rank));
+    let mut http = match &setup.http {
+        Some(settings) => {
+            let claimed = http::claim(settings, setup.open_http).await;
+            let claimed = claimed.with_context(|| file.clone())?;
+            tell(Progress::Http(claimed.address()));
+            Some(claimed.serve(Arc::clone(&relay) as Arc<_>))
+        }
+        None => None,
+    };
     loop {
         let started = tokio::select! {
             () = &mut stop => return Ok(()),
             started = start(&setup, &knowledge, tell) => started,
         };
-        let (server, http) = match started {
+        let server = match started {
             Ok(started) => started,
             // What listened there before may take a moment to be gone.
             Err(_) if rejoining_until.is_some_and(|until| Instant::now() < until) => {
@@ -177,6 +190,7 @@ pub(super) async fn serve(
             }
             Err(error) => return Err(error.context(file)),
         };
+        relay.switch(Some(server.asker()));
         let left = tokio::select! {
             () = &mut stop => Ok(Left::Stopped),
             left = stay(&server, &setup, tell) => left.with_context(|| file.clone()),
@@ -185,13 +199,11 @@ pub(super) async fn serve(
         if !setup.through_router {
             setup.listen = Some(server.address().to_owned());
         }
-        if let Some(http) = http {
-            if let Some(settings) = &mut setup.http {
-                settings.address = http.address().to_string();
-            }
-            http.stop().await;
-        }
         let rejoins = matches!(left, Ok(Left::Frozen | Left::AloneWithRouter));
+        match http.take_if(|_| !rejoins) {
+            Some(http) => http.stop().await,
+            None => relay.switch(None),
+        }
         let written = match &setup.trace_file {
             Some(path) if !rejoins => trace::write(&trace::by_wall_clock(server.lanes()), path),
             _ => Ok(()),
@@ -229,18 +241,11 @@ async fn start(
     setup: &Setup,
     knowledge: &Arc<Knowledge>,
     tell: &(dyn Fn(Progress<'_>) + Sync),
-) -> Result<(Server, Option<http::Serving>)> {
+) -> Result<Server> {
     let shard = knowledge.shard();
     let folder = setup.shard.parent().unwrap_or(Path::new(""));
     let manifest = beside(folder, shard).context("addresses")?;
     let options = options(setup, shard, manifest.as_ref())?;
-    let http = match &setup.http {
-        Some(settings) => Some(http::claim(settings, setup.open_http).await?),
-        None => None,
-    };
-    if let Some(http) = &http {
-        tell(Progress::Http(http.address()));
-    }
     let link = Link::open(&options).await.context("listen")?;
     match setup.through_router {
         true => tell(Progress::Through(link.address())),
@@ -263,8 +268,7 @@ async fn start(
             }
         }
     }
-    let http = http.map(|http| http.serve(server.asker()));
-    Ok((server, http))
+    Ok(server)
 }
 
 /// Waits for the peers, then for a fault or a freeze, which is for ever on a sound cluster.

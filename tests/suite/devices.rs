@@ -4,6 +4,7 @@
 //! own. Gives the addresses to ask, and [`ask_through`], which asks while harm is done: every answer
 //! must be right, and there within its deadline and one takeover.
 
+use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,14 @@ pub(crate) struct Place {
     pub(crate) prefix: Vec<String>,
     /// Where it listens.
     pub(crate) address: String,
+    /// Where it serves HTTP, if it does.
+    pub(crate) http: Option<SocketAddr>,
+}
+
+impl Place {
+    fn here(address: SocketAddr) -> Place {
+        Place { prefix: vec![], address: address.to_string(), http: None }
+    }
 }
 
 pub(crate) struct Devices {
@@ -46,8 +55,18 @@ pub(crate) struct Devices {
 impl Devices {
     /// Four nodes on this machine.
     pub(crate) fn start(folder: tempfile::TempDir) -> Devices {
-        let place = |port| Place { prefix: vec![], address: format!("127.0.0.1:{port}") };
-        Devices::start_at(folder, free_ports().into_iter().map(place).collect(), &[])
+        Devices::start_at(folder, free_places(4).into_iter().map(Place::here).collect(), &[])
+    }
+
+    /// Four nodes on this machine that serve HTTP, and where.
+    pub(crate) fn start_with_http(folder: tempfile::TempDir) -> (Devices, Vec<SocketAddr>) {
+        let free = free_places(8);
+        let (listen, http) = free.split_at(4);
+        let place = |(&address, &http)| Place { http: Some(http), ..Place::here(address) };
+        let places = listen.iter().zip(http).map(place).collect();
+        // Tests share the machine: what is slow there is not lost.
+        let patience = PATIENCE.as_secs().to_string();
+        (Devices::start_at(folder, places, &["--http-within", &patience]), http.to_vec())
     }
 
     /// A node at each place, all of them told of all others.
@@ -62,6 +81,7 @@ impl Devices {
             let mut line = place.prefix;
             line.extend([SNN_RUN.to_owned(), shard.display().to_string()]);
             line.extend(["--listen".to_owned(), place.address]);
+            line.extend(place.http.iter().flat_map(|http| ["--http".to_owned(), http.to_string()]));
             let others = addresses.iter().enumerate().filter(|(other, _)| *other != rank);
             line.extend(others.flat_map(|(_, peer)| ["--peer".to_owned(), peer.clone()]));
             line.extend(arguments.iter().map(|&argument| argument.to_owned()));
@@ -146,11 +166,12 @@ fn spawn(line: &[String]) -> Child {
     Command::new(&line[0]).args(&line[1..]).stderr(Stdio::null()).spawn().unwrap()
 }
 
-/// Four ports nobody listens on.
-fn free_ports() -> Vec<u16> {
+/// Addresses of this machine where nobody listens.
+fn free_places(count: usize) -> Vec<SocketAddr> {
+    // All are held until the last is found, so that none is found twice.
     let listeners: Vec<_> =
-        (0..4).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-    listeners.iter().map(|listener| listener.local_addr().unwrap().port()).collect()
+        (0..count).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    listeners.iter().map(|listener| listener.local_addr().unwrap()).collect()
 }
 
 /// A rank that looks random, and is the same in every run.

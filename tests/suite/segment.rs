@@ -289,7 +289,7 @@ async fn two_hundred_requests_survive_deaths_beside_a_link_of_one_megabit() {
     let net = net();
     let places = (0..4).map(|device| {
         let address = format!("{}:7447", segment.ip(device));
-        Place { prefix: segment.prefix(device), address }
+        Place { prefix: segment.prefix(device), address, http: None }
     });
     let split = folder(&net, Some(&policy_of(&net)), Nodes::PerGroup);
     let mut devices = Devices::start_at(split, places.collect(), &["--insecure"]);

@@ -6,6 +6,7 @@ use snn_compiler::Nodes;
 
 use crate::cluster::PATIENCE;
 use crate::devices::{Devices, WITHIN, any_rank, ask_through, die_and_return, net, policy_of};
+use crate::site::{connect, infer};
 use crate::{assert_close, folder, image, reference};
 
 /// Longer than a node may stand still before it joins again as a new one.
@@ -87,4 +88,28 @@ async fn a_node_that_returns_stands_in_for_another_that_does_not() {
         _ => {}
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn http_stays_open_while_a_node_that_was_frozen_joins_again() {
+    let net = net();
+    let split = folder(&net, Some(&policy_of(&net)), Nodes::PerGroup);
+    let (devices, http) = Devices::start_with_http(split);
+    devices.client().await.infer(vec![image(&net, 0)], PATIENCE).await.unwrap();
+    let input = image(&net, 1);
+    let ask = |connection: &mut _| {
+        let (status, answer) = infer(connection, input.data(), &net);
+        assert_eq!(status, 200, "{answer}");
+    };
+    let mut open = connect(http[1]);
+    ask(&mut open);
+    devices.signal(1, "-STOP");
+    tokio::time::sleep(FREEZE).await;
+    devices.signal(1, "-CONT");
+    // Long enough to find out that it was frozen, leave, and join.
+    let end = Instant::now() + 2 * FREEZE;
+    while Instant::now() < end {
+        ask(&mut open);
+        ask(&mut connect(http[1]));
+    }
 }

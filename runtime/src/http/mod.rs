@@ -14,6 +14,7 @@ mod asker;
 mod classify;
 mod gate;
 pub mod oip;
+mod relay;
 mod routes;
 mod status;
 
@@ -37,6 +38,7 @@ use tokio_util::sync::CancellationToken;
 pub use asker::{Asker, ClusterAsker, Own, Unanswered};
 pub use classify::Picture;
 pub use gate::Gate;
+pub use relay::Relay;
 
 use crate::mailbox::MAX_REQUESTS;
 
