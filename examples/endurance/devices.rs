@@ -56,16 +56,15 @@ impl Model {
     }
 }
 
-/// The processes.
-pub(crate) struct Devices {
-    lines: Vec<Vec<String>>,
-    processes: Vec<Child>,
+/// The command lines of all nodes, and where they serve.
+pub(crate) struct Lines {
+    pub(crate) lines: Vec<Vec<String>>,
     pub(crate) http: Vec<SocketAddr>,
 }
 
-impl Devices {
-    /// Starts a node for each shard, with these arguments besides; all are ready then.
-    pub(crate) fn start(model: &Model, arguments: &[&str]) -> Result<Devices> {
+impl Lines {
+    /// A node for each shard, told of all others, with these arguments besides.
+    pub(crate) fn new(model: &Model, arguments: &[&str]) -> Result<Lines> {
         let ports = free_ports(2 * model.nodes)?;
         let (listen, http) = ports.split_at(model.nodes);
         let line = |rank: usize| {
@@ -78,25 +77,38 @@ impl Devices {
             line.extend(arguments.iter().map(|&argument| argument.to_owned()));
             line
         };
-        let lines: Vec<Vec<String>> = (0..model.nodes).map(line).collect();
-        let processes = lines.iter().map(|line| spawn(line)).collect::<Result<_>>()?;
-        let devices = Devices { lines, processes, http: http.to_vec() };
-        (0..model.nodes).try_for_each(|rank| devices.wait_ready(rank))?;
-        Ok(devices)
+        Ok(Lines { lines: (0..model.nodes).map(line).collect(), http: http.to_vec() })
     }
+}
 
-    /// Waits until a node knows of no missing rank.
-    pub(crate) fn wait_ready(&self, rank: usize) -> Result<()> {
-        let deadline = Instant::now() + READY_WITHIN;
-        while Instant::now() < deadline {
-            let answer =
-                Connection::open(self.http[rank]).and_then(|mut c| c.get("/v2/health/ready"));
-            if answer.is_ok_and(|answer| answer.status == 200) {
-                return Ok(());
-            }
-            std::thread::sleep(Duration::from_millis(50));
+/// Waits until a node knows of no missing rank.
+pub(crate) fn wait_ready(http: SocketAddr) -> Result<()> {
+    let deadline = Instant::now() + READY_WITHIN;
+    while Instant::now() < deadline {
+        let answer = Connection::open(http).and_then(|mut c| c.get("/v2/health/ready"));
+        if answer.is_ok_and(|answer| answer.status == 200) {
+            return Ok(());
         }
-        bail!("rank {rank} is not ready within {} s", READY_WITHIN.as_secs())
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    bail!("the node at {http} is not ready within {} s", READY_WITHIN.as_secs())
+}
+
+/// The processes.
+pub(crate) struct Devices {
+    lines: Vec<Vec<String>>,
+    processes: Vec<Child>,
+    pub(crate) http: Vec<SocketAddr>,
+}
+
+impl Devices {
+    /// Starts a node for each shard, with these arguments besides; all are ready then.
+    pub(crate) fn start(model: &Model, arguments: &[&str]) -> Result<Devices> {
+        let Lines { lines, http } = Lines::new(model, arguments)?;
+        let processes = lines.iter().map(|line| spawn(line)).collect::<Result<_>>()?;
+        let devices = Devices { lines, processes, http };
+        devices.http.iter().try_for_each(|&http| wait_ready(http))?;
+        Ok(devices)
     }
 
     pub(crate) fn kill(&mut self, rank: usize) -> Result<()> {
@@ -107,7 +119,7 @@ impl Devices {
 
     pub(crate) fn restart(&mut self, rank: usize) -> Result<()> {
         self.processes[rank] = spawn(&self.lines[rank])?;
-        self.wait_ready(rank)
+        wait_ready(self.http[rank])
     }
 
     /// What each process uses now.
@@ -145,8 +157,6 @@ pub(crate) struct Usage {
     pub(crate) resident: u64,
     pub(crate) descriptors: usize,
     pub(crate) threads: u64,
-    /// Processor time since its start, in clock ticks of 10 ms.
-    pub(crate) ticks: u64,
 }
 
 impl Usage {
@@ -159,14 +169,21 @@ impl Usage {
                 line.and_then(|line| line.trim_start_matches(':').split_whitespace().next());
             Ok(number.with_context(|| format!("{name} of process {process}"))?.parse()?)
         };
-        let stat = fs::read_to_string(folder.join("stat"))?;
-        // The name in parentheses may hold spaces; user and system time are the 12th and 13th after it.
-        let times = stat.rsplit(')').next().unwrap_or_default().split_whitespace().skip(11).take(2);
         Ok(Usage {
             resident: field("VmRSS")?,
             descriptors: fs::read_dir(folder.join("fd"))?.count(),
             threads: field("Threads")?,
-            ticks: times.filter_map(|time| time.parse::<u64>().ok()).sum(),
         })
     }
+}
+
+/// Processor time that the threads of a process have had, by the scheduler's count in nanoseconds.
+pub(crate) fn processor_time(process: u32) -> Result<Duration> {
+    let mut sum = 0;
+    for task in fs::read_dir(format!("/proc/{process}/task"))? {
+        // A thread may end between the list and the look.
+        let Ok(counts) = fs::read_to_string(task?.path().join("schedstat")) else { continue };
+        sum += counts.split_whitespace().next().context("schedstat")?.parse::<u64>()?;
+    }
+    Ok(Duration::from_nanos(sum))
 }

@@ -6,7 +6,7 @@
 //! - `soak`: hours of requests; memory, descriptors and latency by the minute.
 //! - `takeover`: from the death of a node to the next answer, each rank in turn.
 //! - `clients`: many clients at once over HTTP; throughput, latency, who was turned away.
-//! - `watching`: throughput and processor time with traces, metrics and status on, against off.
+//! - `watching`: throughput and processor time of a cluster that is watched, against the same when it is not.
 //!
 //! Every answer is compared with the first of its input. Exit code 1 where one was wrong or lost.
 //! `cargo run --release --example endurance -- soak --minutes 20`
@@ -28,6 +28,8 @@ use devices::Model;
 
 /// Set in the processes that are nodes: they are this very program.
 const NODE: &str = "SNN_ENDURANCE_NODE";
+/// What it is set to in those that are told when to record.
+const TOLD: &str = "told";
 
 #[derive(Debug, Parser)]
 struct Args {
@@ -70,17 +72,19 @@ enum What {
     /// Traces, metrics and status, against none
     Watching {
         /// Pairs of runs
-        #[arg(long, default_value_t = 30)]
+        #[arg(long, default_value_t = 60)]
         pairs: usize,
         /// Length of a run
-        #[arg(long, default_value_t = 2.0)]
+        #[arg(long, default_value_t = 1.0)]
         seconds: f64,
     },
 }
 
 fn main() -> ExitCode {
-    if std::env::var_os(NODE).is_some() {
-        return snn::run::run(snn::run::args::Args::parse());
+    match std::env::var(NODE) {
+        Ok(told) if told == TOLD => return end(watching::node::run().map(|()| true)),
+        Ok(_) => return snn::run::run(snn::run::args::Args::parse()),
+        Err(_) => {}
     }
     let Args { what, model, policy } = Args::parse();
     let done = Model::split(&model, &policy).and_then(|model| match what {
@@ -89,6 +93,10 @@ fn main() -> ExitCode {
         What::Clients { count, seconds } => clients::run(&model, count, seconds),
         What::Watching { pairs, seconds } => watching::run(&model, pairs, seconds),
     });
+    end(done)
+}
+
+fn end(done: anyhow::Result<bool>) -> ExitCode {
     match done {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,

@@ -153,6 +153,16 @@ impl Server {
         self.process.own().takeovers
     }
 
+    /// Records from now on when each rank that is computed here computed, sent and waited, or does no more.
+    pub fn record(&self, on: bool) {
+        for computed in self.process.ranks().values() {
+            match on {
+                true => computed.node.recorder().start(),
+                false => computed.node.recorder().stop(),
+            }
+        }
+    }
+
     /// What this process has recorded, a lane for each rank it computes.
     pub fn lanes(&self) -> Vec<Lane> {
         let ranks = self.process.ranks();

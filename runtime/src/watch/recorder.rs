@@ -1,7 +1,7 @@
 //! Records when a node computed, sent and waited: the spans of a trace.
 //!
-//! Takes spans from the threads of a node; gives them as a [`Lane`]. Off until [`Recorder::start`]:
-//! then every call is one load of a flag. On, the last [`MAX_SPANS`] are kept, in memory that is
+//! Takes spans from the threads of a node; gives them as a [`Lane`]. Off until [`Recorder::start`], and
+//! from [`Recorder::stop`] on: then every call is one load of a flag. On, the last [`MAX_SPANS`] are kept, in memory that is
 //! taken as it is needed, and older ones counted as dropped. Times are nanoseconds since the
 //! recorder was made, by the node's monotonic clock.
 
@@ -135,6 +135,11 @@ impl Recorder {
     /// Records from now on.
     pub fn start(&self) {
         self.on.store(true, Ordering::Relaxed);
+    }
+
+    /// Records no more; what was recorded is kept.
+    pub fn stop(&self) {
+        self.on.store(false, Ordering::Relaxed);
     }
 
     /// Whether it records.
