@@ -11,13 +11,19 @@ use std::time::{Duration, Instant};
 
 use snn::run::input::write_npy;
 use snn_compiler::Nodes;
+use snn_runtime::agent::{AGENT_PORT, FRONT_PORT};
 use snn_runtime::client::Client;
+use snn_runtime::key::ClusterKey;
+use snn_runtime::transport::zenoh::{Link, Options};
+use snn_schemas::Dtype;
 
 use crate::cluster::PATIENCE;
 use crate::fixtures::{Net, residual};
-use crate::processes::{SNN_RUN, children, kill};
+use crate::processes::{NodeProcess, SNN_RUN, children, kill};
+use crate::segment::{Segment, assert_answers};
 use crate::site::{Site, connect, first, infer, logits, net, second, text, versions, written};
-use crate::{array, image, reference, split};
+use crate::trust::write_key;
+use crate::{array, image, reference, ring, split};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn four_devices_get_their_shards_answer_and_stop() {
@@ -196,6 +202,53 @@ async fn a_version_that_answers_wrongly_is_rolled_back_and_power_cuts_are_surviv
         std::thread::sleep(Duration::from_millis(100));
     }
     site.assert_answers(&net, &second(&net)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_of_agents_meet_at_a_peer_where_the_deployers_addresses_are_not_theirs() {
+    let Some(segment) = Segment::new(2) else { return };
+    segment.block_multicast();
+    segment.separate_addresses();
+    let net = residual(2, &[2, 2], 8);
+    let policy = ring(&net, 2, Dtype::F32);
+    let (split, folder) = (written(&net, &policy), tempfile::tempdir().unwrap());
+    let (key, file) =
+        (ClusterKey::new(Duration::from_secs(3600)).unwrap(), folder.path().join("cluster.key"));
+    write_key(&file, &key);
+    let at = |device: usize, port: u16| format!("{}:{port}", segment.ip(device));
+    let agent = |device: usize, more: &[&str]| {
+        let prefix = segment.prefix(device);
+        let mut command = Command::new(&prefix[0]);
+        command.args(&prefix[1..]).args([SNN_RUN, "--agent", "--name", &format!("pi{device}")]);
+        command.arg("--dir").arg(folder.path().join(device.to_string()));
+        command.arg("--key").arg(&file).args(more);
+        let mut agent = NodeProcess::spawn(command);
+        while !agent.line().starts_with("agent ") {}
+        agent
+    };
+    let deploy = |within: Duration| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_snnc"));
+        command.arg("deploy").arg(split.path()).arg("--key").arg(&file);
+        command.args(["--within", &within.as_secs().to_string()]);
+        command.args((0..2).flat_map(|device| ["--to".to_owned(), at(device, AGENT_PORT)]));
+        command.output().unwrap()
+    };
+    {
+        let _agents = [agent(0, &[]), agent(1, &[])];
+        let said = text(&deploy(Duration::from_secs(5)).stderr);
+        assert!(said.contains(" not ready within 5 s"), "{said}");
+    }
+    // What is no node of theirs, and knows both: it tells each where the other is.
+    let listen = format!("{}:0", segment.here());
+    let meeting = Options { listen, key: Some(key.clone()), ..Options::default() };
+    let meeting = Link::open_router(&meeting).await.unwrap();
+    let _agents = [0, 1].map(|device| agent(device, &["--peer", meeting.address()]));
+    let done = deploy(PATIENCE);
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    let expected = reference::logits(&net, Some(&policy), image(&net, 1).data());
+    for device in 0..2 {
+        assert_answers(&at(device, FRONT_PORT), Some(&key), &net, &expected).await;
+    }
 }
 
 /// Passes bytes on to `to`; the first connection is cut once `limit` bytes have gone there.

@@ -89,7 +89,7 @@ impl Segment {
     }
 
     /// Lets the switch drop what goes to all.
-    fn block_multicast(&self) {
+    pub(crate) fn block_multicast(&self) {
         for number in 0..self.devices.len() {
             let line = format!("bridge -n {} link set dev d{number} mcast_flood off", self.switch);
             configure(&line).unwrap();
@@ -104,17 +104,32 @@ impl Segment {
         }
     }
 
+    /// Gives each device a second address, and lets devices reach each other there alone: whoever is
+    /// asked from [`Segment::here`] has another name for each than they have for each other.
+    pub(crate) fn separate_addresses(&self) {
+        let second = self.net.replace("198.18.", "198.19.");
+        let devices = || self.devices.iter().enumerate();
+        for (number, device) in devices() {
+            let address = format!("{second}.{}/24", number + 1);
+            configure(&format!("ip -n {device} addr add {address} dev eth0")).unwrap();
+            for (other, _) in devices().filter(|(other, _)| *other != number) {
+                let line = format!("ip -n {device} route add unreachable {}", self.ip(other));
+                configure(&line).unwrap();
+            }
+        }
+    }
+
     /// This process's own address.
     pub(crate) fn here(&self) -> String {
         format!("{}.254", self.net)
     }
 
     /// A command that runs on a device.
-    fn prefix(&self, device: usize) -> Vec<String> {
+    pub(crate) fn prefix(&self, device: usize) -> Vec<String> {
         ["ip", "netns", "exec", &self.devices[device]].map(str::to_owned).into()
     }
 
-    fn ip(&self, device: usize) -> String {
+    pub(crate) fn ip(&self, device: usize) -> String {
         format!("{}.{}", self.net, device + 1)
     }
 
