@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use snn_runtime::watch::{Kind, Recorder};
 
-use self::statistics::{Estimate, bootstrap};
+use self::statistics::bootstrap;
 use crate::devices::{Lines, Model, processor_time, wait_ready};
 use crate::http::{Connection, Request};
 

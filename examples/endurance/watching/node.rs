@@ -3,7 +3,7 @@
 //!
 //! It answers each line with the number of spans that it has recorded so far, and ends with its input.
 
-use std::io::{BufRead as _, Write as _};
+use std::io::Write as _;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
