@@ -2,8 +2,9 @@
 
 use bytes::Bytes;
 use snn_compiler::{Nodes, Options, PolicySource, Source, compile};
+use snn_schemas::cost::Plan;
 use snn_schemas::{Dtype, Policy};
-use snn_trainer::{Config, Data, classify, judge_onnx, read_network, write_exchanging};
+use snn_trainer::{Config, Data, classify, judge_onnx, latency, read_network, write_exchanging};
 
 fn model(name: &str) -> Vec<u8> {
     std::fs::read(format!("{}/examples/models/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
@@ -42,5 +43,27 @@ fn a_fused_model_tells_as_many_digits_right_as_training_did() {
         let right = told.iter().zip(data.test.labels()).filter(|(told, label)| told == label);
         let by_compiler = judge_onnx(&fused(&model, &policy), &data.test, 10).unwrap();
         assert_eq!(by_compiler.correct, right.count(), "{dtype}");
+    }
+}
+
+/// The digits travel to the other nodes as their pixels, a byte each.
+#[test]
+fn the_trainer_predicts_the_latency_of_the_compiled_model() {
+    let (model, json) = (model("digits.onnx"), model("digits.json"));
+    let policy = Policy::from_json(&json).unwrap();
+    let source = Source::from_bytes(Bytes::from(model)).unwrap();
+    let exchanges = PolicySource::from_bytes(&json).unwrap();
+    let split = compile(&source, Some(&exchanges), &Options::default()).unwrap();
+    let plan = Plan::of_manifest(&split.manifest).unwrap();
+    let mut config = Config::digits();
+    for link in ["100kbit,1ms", "1mbit,1ms", "100mbit,0.3ms", "1gbit,0.3ms"] {
+        for device in ["1gflops", "5gflops"] {
+            (config.search.link, config.search.device) = (link.to_owned(), device.to_owned());
+            let (device, link) = config.search.cluster().unwrap();
+            let compiled = 1e3 * plan.predict(&[device], &link).unwrap().latency;
+            let predicted = latency(&config, &policy).unwrap();
+            let apart = (predicted / compiled - 1.0).abs();
+            assert!(apart < 0.002, "{link:?}: {predicted} ms, compiled {compiled} ms");
+        }
     }
 }

@@ -5,6 +5,7 @@
 //! runtime reaches. The compiler predicts the same from the graph itself.
 
 use snn_schemas::Policy;
+use snn_schemas::codec::Pixels;
 use snn_schemas::cost::{Trunk, TrunkBlock};
 
 use crate::config::{Config, NetConfig};
@@ -43,7 +44,8 @@ fn trunk(net: &NetConfig) -> Trunk {
     let blocks: Vec<TrunkBlock> = (0..net.blocks()).map(&mut block).collect();
     let last = blocks.last().map_or(0, |block| block.channels);
     Trunk {
-        input_bytes: 4 * (channels * height * width) as u64,
+        // Exported models say how they are normalised, so that images travel as their pixels.
+        input_bytes: Pixels::CODEC.likely_bytes(&[1, channels, height, width]).unwrap_or(0) as u64,
         stem_flops: 2 * (9 * channels * net.stem_channels * height * width) as u64,
         blocks,
         head_flops: 2 * (last * net.classes) as u64,
@@ -57,11 +59,12 @@ mod tests {
     use super::*;
 
     /// The figures that the compiler's tests have for Table 6's sparse f16 policy, on the graph
-    /// itself, from a simulation of its own.
+    /// itself, from a simulation of its own: of a model that does not say how it is normalised, so that
+    /// its input travels in f32.
     #[test]
     fn four_devices_are_as_fast_as_the_compiled_network() {
         let net = NetConfig::preset("sep-resnext-56-4x16d", 100).unwrap();
-        let trunk = trunk(&net);
+        let trunk = Trunk { input_bytes: 4 * 3 * 32 * 32, ..trunk(&net) };
         let json = br#"{"version":1,"groups":4,"staleness":2,"dtype":"f16",
             "decisions":[[9,4],[22,6],[18,6],[3,6],[16,7],[23,8],[9,8],[13,8],[20,7]]}"#;
         let policy = Policy::from_json(json).unwrap();
