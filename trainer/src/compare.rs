@@ -20,6 +20,7 @@ use crate::net::{Network, Stats};
 use crate::progress::{Progress, Report, Stage};
 use crate::search::{best, price};
 use crate::seed::{Rng, rng};
+use crate::sinkhorn::Differentiable;
 
 /// Policies that evolution keeps: the youngest so many.
 const POPULATION: usize = 32;
@@ -34,12 +35,31 @@ pub trait Sampler {
     /// Probabilities cannot be read back from the device.
     fn propose(&mut self, count: usize, rng: &mut SamplerRng) -> Result<Vec<Policy>, TrainError>;
 
+    /// Is shown what the policies proposed last are judged with, before it is told how good they were:
+    /// for samplers that learn from more than a reward.
+    ///
+    /// # Errors
+    /// Numbers cannot be read back from the device.
+    fn study(&mut self, _: &Lesson) -> Result<(), TrainError> {
+        Ok(())
+    }
+
     /// Is told the rewards of the policies proposed last, in order.
     fn learn(&mut self, rewards: &[f64]);
 }
 
+/// What the policies of a step are judged with.
+pub struct Lesson<'a> {
+    /// The network, without gradients.
+    pub network: &'a Network,
+    /// The validation images.
+    pub images: &'a Dataset,
+    /// For each policy the images that it is judged on.
+    pub batches: &'a [Vec<usize>],
+}
+
 /// The random numbers a sampler is given.
-pub struct SamplerRng(Rng);
+pub struct SamplerRng(pub(crate) Rng);
 
 /// A sampler of this crate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -49,6 +69,8 @@ pub enum SamplerName {
     Controller,
     /// Regularised evolution: the best of a few is changed in one place, the oldest dies.
     Evolution,
+    /// Gumbel-Sinkhorn, by the gradient of the network itself.
+    Sinkhorn,
     /// Every policy equally likely.
     Random,
     /// Everybody sends everything, round and round: an anchor.
@@ -59,9 +81,10 @@ pub enum SamplerName {
 
 impl SamplerName {
     /// All of them.
-    pub const ALL: [SamplerName; 5] = [
+    pub const ALL: [SamplerName; 6] = [
         SamplerName::Controller,
         SamplerName::Evolution,
+        SamplerName::Sinkhorn,
         SamplerName::Random,
         SamplerName::Full,
         SamplerName::Silent,
@@ -72,6 +95,7 @@ impl SamplerName {
         match self {
             SamplerName::Controller => "controller",
             SamplerName::Evolution => "evolution",
+            SamplerName::Sinkhorn => "sinkhorn",
             SamplerName::Random => "random",
             SamplerName::Full => "full",
             SamplerName::Silent => "silent",
@@ -89,6 +113,7 @@ impl SamplerName {
             SamplerName::Evolution => {
                 Box::new(Evolution { config, population: Vec::new(), proposed: Vec::new() })
             }
+            SamplerName::Sinkhorn => Box::new(Differentiable::new(config)),
             SamplerName::Random => Box::new(Uniform { config }),
             SamplerName::Full => Box::new(Fixed { policy: full(config) }),
             SamplerName::Silent => Box::new(Fixed { policy: config.silent() }),
@@ -265,28 +290,29 @@ fn try_one(
         let mut drawn = rng(config.seed, "compare images", number);
         let mut own = SamplerRng(rng(config.seed, name.name(), number));
         let mut step = Vec::with_capacity(search.policies_per_step);
+        let mut batches = Vec::with_capacity(search.policies_per_step);
         for policy in sampler.propose(search.policies_per_step, &mut own)? {
             order.sort_unstable();
             order.shuffle(&mut drawn);
             let batch = &order[..config.train.batch.min(order.len())];
             let accuracy = judge(network, &policy, images, batch, Stats::Batch)?.accuracy();
             step.push(accuracy - price(config, &policy)?);
+            batches.push(batch.to_vec());
         }
         rewards.push(step.iter().sum::<f64>() / step.len().max(1) as f64);
+        sampler.study(&Lesson { network, images, batches: &batches })?;
         sampler.learn(&step);
     }
     let mut own = SamplerRng(rng(config.seed, name.name(), search.steps));
     let candidates = sampler.propose(search.samples, &mut own)?;
-    let mut sum = 0.0;
-    let choice = best(config, network, &candidates, images, |_, accuracy| sum += accuracy)?;
-    let (policy, accuracy) = match choice {
-        Some(choice) => (choice.policy, choice.validation.accuracy()),
-        None => (config.silent(), 0.0),
-    };
-    let best = accuracy - price(config, &policy)?;
-    let paid = candidates.iter().map(|policy| price(config, policy)).sum::<Result<f64, _>>()?;
-    let mean = (sum - paid) / candidates.len().max(1) as f64;
-    Ok(Trial { sampler: name, seed: config.seed, rewards, mean, best, policy })
+    let (mut sum, mut most) = (0.0, f64::NEG_INFINITY);
+    let choice = best(config, network, &candidates, images, |_, worth| {
+        sum += worth.reward;
+        most = most.max(worth.reward);
+    })?;
+    let policy = choice.map_or_else(|| config.silent(), |choice| choice.policy);
+    let mean = sum / candidates.len().max(1) as f64;
+    Ok(Trial { sampler: name, seed: config.seed, rewards, mean, best: most, policy })
 }
 
 #[cfg(test)]

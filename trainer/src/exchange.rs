@@ -4,6 +4,7 @@
 //! equations 2 and 3, of the same shape. Group i's first `keep` channels, rounded as the wire rounds
 //! them, stand at group s(i); everything else is zero, also where a group sends to itself. It is one
 //! gather and one product, whatever G is. Gradients pass the rounding as if it were not there.
+//! A relaxed step ([`Relaxed`]) is a matrix product instead, and gradients flow into who sends what to whom.
 
 use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 use snn_schemas::codec::LEAST;
@@ -11,8 +12,59 @@ use snn_schemas::{Codec, Dtype, Policy};
 
 use crate::kernels::{self, Routes};
 
+/// What the groups of a network exchange.
+#[derive(Clone, Copy)]
+pub(crate) struct Exchange<'a> {
+    /// The steps, and how features travel.
+    pub(crate) policy: &'a Policy,
+    /// The same steps as numbers that gradients flow into.
+    pub(crate) relaxed: Option<&'a [Relaxed]>,
+}
+
+/// A step of a policy as numbers that gradients flow into.
+#[derive(Clone, Debug)]
+pub(crate) struct Relaxed {
+    /// `[G, G]`: how much of group i's features goes to group j. Of a step of a policy 1 for j = s(i), else 0.
+    pub(crate) routes: Tensor<2>,
+    /// `[levels]`: how much each level is in use. Of a step of a policy 1 for its level, else 0.
+    pub(crate) levels: Tensor<1>,
+}
+
+impl Exchange<'_> {
+    /// `base` plus what step `step` brings to each group of what the groups sent.
+    pub(crate) fn arrive(self, base: Tensor<4>, sent: Tensor<4>, step: usize) -> Tensor<4> {
+        match self.relaxed {
+            Some(relaxed) => base + mixed(sent, self.policy, step, &relaxed[step]),
+            None => arrive(base, sent, self.policy, step),
+        }
+    }
+}
+
+/// What a relaxed step brings to each group: the groups' features, rounded, in the mixture that the
+/// step says. Nothing comes back to the group that it is from.
+fn mixed(sent: Tensor<4>, policy: &Policy, step: usize, relaxed: &Relaxed) -> Tensor<4> {
+    let [images, channels, height, width] = sent.dims();
+    let (groups, plane) = (policy.groups, height * width);
+    let group = channels / groups;
+    let levels = policy.levels;
+    let keeps = |level: usize| levels.keep(level, group);
+    let kept: Vec<f32> = (0..levels.count)
+        .flat_map(|level| (0..group).map(move |channel| f32::from(channel < keeps(level))))
+        .collect();
+    let device = sent.device();
+    let kept = Tensor::<2>::from_data(TensorData::new(kept, [levels.count, group]), &device);
+    let kept = relaxed.levels.clone().unsqueeze::<2>().matmul(kept); // [1, channels of a group]
+    let others = Tensor::<2>::ones([groups, groups], &device) - Tensor::eye(groups, &device);
+    let routes = (relaxed.routes.clone() * others).transpose(); // [to, from]
+    let features = rounded(sent, policy, step, group).reshape([images, groups, group, plane]);
+    let features =
+        (features * kept.reshape([1, 1, group, 1])).reshape([images, groups, group * plane]);
+    let arrived = routes.unsqueeze::<3>().expand([images, groups, groups]).matmul(features);
+    arrived.reshape([images, channels, height, width])
+}
+
 /// `base` plus what step `step` of `policy` brings to each group of what the groups sent.
-pub(crate) fn arrive(base: Tensor<4>, sent: Tensor<4>, policy: &Policy, step: usize) -> Tensor<4> {
+fn arrive(base: Tensor<4>, sent: Tensor<4>, policy: &Policy, step: usize) -> Tensor<4> {
     if kernels::runs_on(&base.device()) {
         let [_, channels, _, _] = base.dims();
         return match Routes::new(policy, step, channels / policy.groups) {
@@ -34,17 +86,22 @@ pub(crate) fn received(sent: Tensor<4>, policy: &Policy, step: usize) -> Option<
     let group = channels / policy.groups;
     let (source, arrives) = routes(policy, step, group)?;
     let device = sent.device();
-    let rounded = match policy.dtype_of(step) {
-        Dtype::F32 => sent,
+    let source = Tensor::<1, Int>::from_data(TensorData::new(source, [channels]), &device);
+    let rounded = rounded(sent, policy, step, group);
+    Some(rounded.select(1, source) * mask(arrives, &device)) // [batch, G·c, h, w]
+}
+
+/// The features of groups of `group` channels, rounded as the wire rounds them at step `step`.
+fn rounded(sent: Tensor<4>, policy: &Policy, step: usize, group: usize) -> Tensor<4> {
+    let keep = policy.levels.keep(policy.steps[step].level, group);
+    match policy.dtype_of(step) {
         Dtype::F16 => straight_through(sent, |x| x.cast(FloatDType::F16).cast(FloatDType::F32)),
-        Dtype::I8 | Dtype::I4 => {
-            let keep = policy.levels.keep(policy.steps[step].level, group);
+        Dtype::I8 | Dtype::I4 if keep > 0 => {
             let codec = policy.codec_of(step);
             straight_through(sent, |x| quantise(x, codec, group, keep))
         }
-    };
-    let source = Tensor::<1, Int>::from_data(TensorData::new(source, [channels]), &device);
-    Some(rounded.select(1, source) * mask(arrives, &device)) // [batch, G·c, h, w]
+        Dtype::F32 | Dtype::I8 | Dtype::I4 => sent,
+    }
 }
 
 /// For each channel of the result the channel it is taken from, and 1 if it arrives or 0 if not.

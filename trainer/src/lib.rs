@@ -29,11 +29,12 @@ mod report;
 mod run;
 mod search;
 mod seed;
+mod sinkhorn;
 mod state;
 mod wire;
 
 pub use candidate::{Candidate, Source};
-pub use compare::{Sampler, SamplerName, SamplerRng, Trial};
+pub use compare::{Lesson, Sampler, SamplerName, SamplerRng, Trial};
 pub use config::{
     Augmentation, Config, ConfigError, DataConfig, DatasetName, Decay, ExchangeConfig, Family,
     FinetuneConfig, FitConfig, NetConfig, SearchConfig,

@@ -17,7 +17,7 @@ use rand::RngExt;
 use snn_schemas::Policy;
 
 use crate::config::{NetConfig, STAGES};
-use crate::exchange::arrive;
+use crate::exchange::{Exchange, Relaxed};
 use crate::kernels::{self, ConvNormOptions};
 use crate::seed::{Rng, rng};
 
@@ -95,7 +95,17 @@ impl Network {
     /// If the policy is for another number of groups or more steps than the trunk has.
     pub fn forward_with(&self, images: Tensor<4>, policy: &Policy, stats: Stats) -> Tensor<2> {
         assert_eq!(policy.groups, self.groups, "policy and network have different groups");
-        self.logits(images, Some(policy), stats)
+        self.logits(images, Some(Exchange { policy, relaxed: None }), stats)
+    }
+
+    /// The same under the steps `relaxed` of `policy`, which gradients flow into.
+    pub(crate) fn forward_relaxed(
+        &self,
+        images: Tensor<4>,
+        (policy, relaxed): (&Policy, &[Relaxed]),
+        stats: Stats,
+    ) -> Tensor<2> {
+        self.logits(images, Some(Exchange { policy, relaxed: Some(relaxed) }), stats)
     }
 
     /// Trainable parameters: weights, batch norm's gamma and beta, and the classifier's bias.
@@ -120,13 +130,13 @@ impl Network {
         self.valid().train()
     }
 
-    fn logits(&self, images: Tensor<4>, policy: Option<&Policy>, stats: Stats) -> Tensor<2> {
+    fn logits(&self, images: Tensor<4>, exchange: Option<Exchange>, stats: Stats) -> Tensor<2> {
         let stem = self.conv0.forward(images, None, true, stats); // [batch, stem, h, w]
         let copies = match self.groups {
             1 => stem,
             groups => Tensor::cat(vec![stem; groups], 1), // [batch, G·stem, h, w]
         };
-        let features = self.trunk(copies, policy, stats); // [batch, G·out, h, w]
+        let features = self.trunk(copies, exchange, stats); // [batch, G·out, h, w]
         let [batch, channels, height, width] = features.dims();
         let kept = channels / self.groups;
         let first = match self.groups {
@@ -137,28 +147,28 @@ impl Network {
         self.classifier.forward(pooled) // [batch, classes]
     }
 
-    fn trunk(&self, mut x: Tensor<4>, policy: Option<&Policy>, stats: Stats) -> Tensor<4> {
+    fn trunk(&self, mut x: Tensor<4>, exchange: Option<Exchange>, stats: Stats) -> Tensor<4> {
         let mut travelling = None;
         for (index, block) in self.blocks.iter().enumerate() {
-            let step = policy.and_then(|policy| step_at(policy, index));
-            let sends = step.filter(|(policy, step)| policy.sent_after(*step) == index);
-            let adds = step.filter(|(policy, step)| policy.added_in(*step) == index);
+            let step = exchange.and_then(|exchange| step_at(exchange, index));
+            let sends = step.filter(|(exchange, step)| exchange.policy.sent_after(*step) == index);
+            let adds = step.filter(|(exchange, step)| exchange.policy.added_in(*step) == index);
             let (shortcut, y) = block.paths(x, stats);
             let sum = |y, shortcut| block.expand.forward(y, Some(shortcut), false, stats);
             x = match (adds, travelling.take()) {
                 // Sent and added in one block: the sum is needed before and after.
-                (Some((policy, step)), None) if sends.is_some() => {
+                (Some((exchange, step)), None) if sends.is_some() => {
                     let sum = sum(y, shortcut); // [batch, G·out, h, w]
-                    relu(arrive(sum.clone(), relu(sum), policy, step))
+                    relu(exchange.arrive(sum.clone(), relu(sum), step))
                 }
                 // While training the order of the additions does not matter, and this one is a pass
                 // over memory less.
-                (Some((policy, step)), Some(sent)) if stats == Stats::Batch => {
-                    let shortcut = arrive(shortcut, sent, policy, step);
+                (Some((exchange, step)), Some(sent)) if stats == Stats::Batch => {
+                    let shortcut = exchange.arrive(shortcut, sent, step);
                     block.expand.forward(y, Some(shortcut), true, stats)
                 }
-                (Some((policy, step)), Some(sent)) => {
-                    relu(arrive(sum(y, shortcut), sent, policy, step))
+                (Some((exchange, step)), Some(sent)) => {
+                    relu(exchange.arrive(sum(y, shortcut), sent, step))
                 }
                 (_, in_flight) => {
                     travelling = in_flight;
@@ -174,9 +184,9 @@ impl Network {
 }
 
 /// The step to whose α blocks block `index` belongs.
-fn step_at(policy: &Policy, index: usize) -> Option<(&Policy, usize)> {
-    let step = index / policy.staleness;
-    (step < policy.steps.len()).then_some((policy, step))
+fn step_at(exchange: Exchange, index: usize) -> Option<(Exchange, usize)> {
+    let step = index / exchange.policy.staleness;
+    (step < exchange.policy.steps.len()).then_some((exchange, step))
 }
 
 impl Block {

@@ -98,31 +98,43 @@ pub(crate) fn random(config: &Config, images: &Dataset) -> Vec<Policy> {
     random_policies(config, count, &mut rng(config.seed, "random", 0))
 }
 
+/// A policy judged in stage 3.
+#[derive(Clone, Copy)]
+pub(crate) struct Worth {
+    /// Told right of the validation images.
+    pub(crate) accuracy: f64,
+    /// The accuracy less [`price`].
+    pub(crate) reward: f64,
+}
+
 /// The best of `candidates`, in reward, on the validation images; calls `done` after each.
 pub(crate) fn best(
     config: &Config,
     network: &Network,
     candidates: &[Policy],
     images: &Dataset,
-    mut done: impl FnMut(usize, f64),
+    mut done: impl FnMut(usize, Worth),
 ) -> Result<Option<Choice>, TrainError> {
     // Drawn by seed when the data was split: the first are as good as any.
     let judged: Vec<usize> = (0..config.judged_images(images.len())).collect();
     // A controller that has settled samples the same policy again and again.
-    let mut known: Vec<(&Policy, Score)> = Vec::new();
+    let mut known: Vec<(&Policy, Score, f64)> = Vec::new();
     let mut best: Option<((f64, f64), Choice)> = None;
     for (index, policy) in candidates.iter().enumerate() {
-        let validation = match known.iter().find(|(other, _)| other.steps == policy.steps) {
-            Some((_, score)) => *score,
-            None => judge(network, policy, images, &judged, Stats::Batch)?,
+        let (validation, reward) = match known.iter().find(|seen| seen.0.steps == policy.steps) {
+            Some(&(_, validation, reward)) => (validation, reward),
+            None => {
+                let validation = judge(network, policy, images, &judged, Stats::Batch)?;
+                let reward = validation.accuracy() - price(config, policy)?;
+                known.push((policy, validation, reward));
+                (validation, reward)
+            }
         };
-        known.push((policy, validation));
-        let reward = validation.accuracy() - price(config, policy)?;
         let worth = (reward, -validation.loss); // of equal rewards the smaller loss
         if best.as_ref().is_none_or(|(most, _)| worth > *most) {
             best = Some((worth, Choice { policy: policy.clone(), validation }));
         }
-        done(index + 1, validation.accuracy());
+        done(index + 1, Worth { accuracy: validation.accuracy(), reward });
     }
     Ok(best.map(|(_, choice)| choice))
 }

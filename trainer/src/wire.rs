@@ -4,11 +4,14 @@
 //! if every send is made (at most, where zeros are packed), what crosses once sends that group 0's
 //! classifier cannot feel are left out, and what a ring all-reduce in f32 after every block would send.
 //! The compiler counts the same on the graph itself; for networks of this crate both agree.
+//! [`relaxed`] is the same of steps that gradients flow into.
 
+use burn::tensor::{Tensor, TensorData};
 use serde::Serialize;
 use snn_schemas::{Dtype, Policy, Reach};
 
 use crate::config::NetConfig;
+use crate::exchange::Relaxed;
 
 /// Bytes per image between G nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -58,6 +61,41 @@ impl Wire {
             ring => self.planned_bytes as f64 / ring as f64,
         }
     }
+}
+
+/// [`Wire::fraction`] of the steps `steps` of `policy`: the same where they are those of a policy, and
+/// smooth in between, a group being needed by as much as it sends to those that are.
+pub(crate) fn relaxed(net: &NetConfig, policy: &Policy, steps: &[Relaxed]) -> Tensor<1> {
+    let ring = Wire::of(net, policy).ring_bytes.max(1) as f64;
+    let Some(device) = steps.first().map(|step| step.routes.device()) else {
+        return Tensor::zeros([1], &crate::judge::host());
+    };
+    let vector = |values: Vec<f32>| {
+        let count = values.len();
+        Tensor::<1>::from_data(TensorData::new(values, [count]), &device)
+    };
+    let groups = policy.groups;
+    let others = Tensor::<2>::ones([groups, groups], &device) - Tensor::eye(groups, &device);
+    let mut needed = vector((0..groups).map(|group| f32::from(group == 0)).collect());
+    let mut sum = Tensor::<1>::zeros([1], &device);
+    for (index, step) in steps.iter().enumerate().rev() {
+        let [channels, height, width] = net.block_shape(policy.sent_after(index));
+        let mut at = policy.clone();
+        let parts: Vec<f32> = (0..policy.levels.count)
+            .map(|level| {
+                at.steps[index].level = level;
+                (at.send_bytes(index, &[1, channels, height, width]) as f64 / ring) as f32
+            })
+            .collect();
+        let carries = vector(parts.iter().map(|&part| f32::from(part > 0.0)).collect());
+        let part = (step.levels.clone() * vector(parts)).sum(); // [1]
+        let carries = (step.levels.clone() * carries).sum(); // [1]
+        let routes = step.routes.clone() * others.clone();
+        let sends = routes.matmul(needed.clone().unsqueeze_dim(1)).reshape([groups]) * carries;
+        sum = sum + sends.clone().sum() * part;
+        needed = needed.clone() + sends.clone() - needed * sends;
+    }
+    sum
 }
 
 #[cfg(test)]

@@ -158,8 +158,8 @@ impl Run<'_> {
         let progress = &mut *self.progress;
         let mut best = 0.0_f64;
         let images = &self.data.validation;
-        let choice = search::best(self.config, &network, candidates, images, |done, accuracy| {
-            best = best.max(accuracy);
+        let choice = search::best(self.config, &network, candidates, images, |done, worth| {
+            best = best.max(worth.accuracy);
             let total = candidates.len();
             let accuracy = Some(best);
             let round = round + 1;
