@@ -584,3 +584,19 @@ async fn a_trace_has_every_node_and_its_transfers_on_one_axis() {
         .collect();
     assert_eq!(lanes, [0, 1].into());
 }
+
+/// The entry node passes on what the other has recorded, which is more than the queue of any link takes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_trace_has_every_node() {
+    let net = net();
+    let (cluster, _folder) = processes(&net).await;
+    let input = [crate::array(&image(&net, 0))];
+    for _ in 0..4000 {
+        cluster.infer(&input).await.unwrap();
+    }
+    let lanes = cluster.trace().await.unwrap();
+    cluster.stop().await.unwrap();
+    assert_eq!(lanes.iter().map(|aligned| aligned.lane.rank).collect::<Vec<_>>(), [0, 1]);
+    let passed_on = serde_json::to_vec(&lanes[1].lane).unwrap().len();
+    assert!(passed_on > 1 << 20, "{passed_on} bytes");
+}

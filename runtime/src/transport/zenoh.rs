@@ -557,6 +557,8 @@ fn shared_entries(key: Option<&ClusterKey>) -> Vec<(&'static str, String)> {
         ("transport/unicast/accept_timeout", HANDSHAKE_MS.to_string()),
         ("transport/link/tx/lease", LEASE_MS.to_string()),
         ("transport/link/tx/queue/size/real_time", QUEUE_BATCHES.to_string()),
+        // Questions and answers, also those passed on for others.
+        ("transport/link/tx/queue/size/data", QUEUE_BATCHES.to_string()),
         (
             "transport/link/tx/queue/congestion_control/block/wait_before_close",
             BLOCK_LIMIT_US.to_string(),
