@@ -5,7 +5,6 @@
 //! meets all of them alike.
 
 use std::fs;
-use std::net::TcpStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -22,6 +21,7 @@ use snn_schemas::cost::Link;
 use snn_schemas::metadata::Normalisation;
 
 use crate::machine::{Awake, Classes, favour};
+use crate::wire;
 
 /// Requests that are not counted: until every segment's least time is known.
 const WARM_UP: usize = 12;
@@ -55,8 +55,9 @@ pub(crate) struct Measured {
     pub(crate) emulated: Cluster,
     /// Share of the transfers' travel during which their receivers computed.
     pub(crate) hidden: Option<f64>,
-    /// Round trip between two namespaces without any delay added, in ms.
-    pub(crate) round_trip_ms: f64,
+    /// What a tensor and a byte back take between two namespaces beside the link's time for it, without
+    /// any delay added, in ms.
+    pub(crate) beside_ms: f64,
     pub(crate) classes: Classes,
 }
 
@@ -92,10 +93,12 @@ async fn measure(orders: &Orders) -> Result<Measured> {
     let times = Some(orders.times);
     favour([std::process::id()]);
     let _awake = Awake::start();
-    let round_trip = round_trip(orders)?;
+    let second = orders.hosts.get(1).context("one namespace is no network")?;
+    let beside = wire::beside(second, &orders.link)?;
     // The namespaces have the rate; what they lack of the round trip is added in user space.
-    let lacking = orders.link.round_trip.saturating_sub(round_trip);
-    let delay = Link { bits_per_second: 1e18, round_trip: lacking };
+    let lacking = (orders.link.round_trip.as_secs_f64() - beside).max(0.0);
+    let round_trip = Duration::from_secs_f64(lacking);
+    let delay = Link { bits_per_second: 1e18, round_trip };
     let host = |place: &Place| Host {
         launcher: ["ip", "netns", "exec", &place.namespace].map(Into::into).to_vec(),
         listen: format!("{}:0", place.address),
@@ -148,10 +151,10 @@ async fn measure(orders: &Orders) -> Result<Measured> {
     for cluster in clusters {
         cluster.stop().await?;
     }
-    let round_trip_ms = 1e3 * round_trip.as_secs_f64();
+    let beside_ms = 1e3 * beside;
     let [one, four, emulated] =
         <[Cluster; 3]>::try_from(measured).ok().context("three clusters")?;
-    Ok(Measured { one, four, emulated, hidden, round_trip_ms, classes })
+    Ok(Measured { one, four, emulated, hidden, beside_ms, classes })
 }
 
 fn means(before: &[NodeReport], after: &[NodeReport], latencies: Vec<f64>) -> Cluster {
@@ -179,19 +182,4 @@ fn picture(info: &ClusterInfo) -> Result<Array> {
     let normalisation = Normalisation::read(get, channels)?;
     let value = |at: usize| normalisation.value(at / plane % channels, (at * 7919 % 256) as u8);
     Ok(Array { data: (0..shape.iter().product()).map(value).collect(), shape })
-}
-
-/// How long a packet takes to the second namespace and back: a connection that is refused.
-fn round_trip(orders: &Orders) -> Result<Duration> {
-    let place = orders.hosts.get(1).context("one namespace is no network")?;
-    let address = format!("{}:9", place.address).parse()?;
-    let ask = || {
-        let start = Instant::now();
-        // Nobody listens there; the refusal is the answer.
-        let _ = TcpStream::connect_timeout(&address, Duration::from_secs(1));
-        start.elapsed()
-    };
-    let mut times: Vec<Duration> = (0..41).map(|_| ask()).collect();
-    times.sort();
-    Ok(times[times.len() / 2])
 }

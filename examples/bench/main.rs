@@ -17,6 +17,7 @@ mod models;
 mod namespaces;
 mod report;
 mod single;
+mod wire;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -66,9 +67,11 @@ fn main() -> ExitCode {
     if let Some(code) = snn::run::local::serve_if_child() {
         return code;
     }
-    let done = match std::env::var(ORDERS) {
-        Ok(orders) => links::measure_here(&orders),
-        Err(_) => run(&Args::parse()),
+    let told = |variable| std::env::var(variable).ok();
+    let done = match (told(wire::TAKER), told(ORDERS)) {
+        (Some(address), _) => wire::take(&address),
+        (None, Some(orders)) => links::measure_here(&orders),
+        (None, None) => run(&Args::parse()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

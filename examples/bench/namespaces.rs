@@ -18,7 +18,7 @@ const PACKET: u64 = 1514;
 /// Time that packets take which pass the shapers in one piece, as network hardware takes them: each piece
 /// costs four passes of the machine and a timer, and one by one at four times 300 Mbit/s they keep two
 /// cores busy. A longer time would let tensors pass unshaped.
-const PIECE_SECONDS: f64 = 80e-6;
+const PIECE_SECONDS: f64 = 170e-6;
 
 pub(crate) struct Namespaces {
     nodes: usize,
