@@ -4,6 +4,7 @@
 //! clusters stand side by side and are asked one after another, so that whatever else the machine does
 //! meets all of them alike.
 
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -16,7 +17,8 @@ use snn::run::local::{Host, LocalCluster, LocalOptions};
 use snn_runtime::NodeReport;
 use snn_runtime::client::ClusterInfo;
 use snn_runtime::node::SendReport;
-use snn_runtime::watch::trace::{document, hidden};
+use snn_runtime::watch::{Kind, Span};
+use snn_runtime::watch::trace::{Aligned, document};
 use snn_schemas::cost::Link;
 use snn_schemas::metadata::Normalisation;
 
@@ -30,6 +32,8 @@ const WARM_UP: usize = 12;
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Orders {
     pub(crate) split: PathBuf,
+    /// The transfers that the policy asks for.
+    pub(crate) exchanges: BTreeSet<u32>,
     pub(crate) whole: PathBuf,
     pub(crate) link: Link,
     /// How often slower a device is than this machine.
@@ -53,7 +57,7 @@ pub(crate) struct Measured {
     pub(crate) one: Cluster,
     pub(crate) four: Cluster,
     pub(crate) emulated: Cluster,
-    /// Share of the transfers' travel during which their receivers computed.
+    /// Share of the exchanges' travel during which their receivers had something else to do.
     pub(crate) hidden: Option<f64>,
     /// What a tensor and a byte back take between two namespaces beside the link's time for it, without
     /// any delay added, in ms.
@@ -147,7 +151,7 @@ async fn measure(orders: &Orders) -> Result<Measured> {
         fs::write(path, document(&lanes).to_string())
             .with_context(|| path.display().to_string())?;
     }
-    let hidden = hidden(&lanes).share();
+    let hidden = hidden(&lanes, &orders.exchanges);
     for cluster in clusters {
         cluster.stop().await?;
     }
@@ -155,6 +159,35 @@ async fn measure(orders: &Orders) -> Result<Measured> {
     let [one, four, emulated] =
         <[Cluster; 3]>::try_from(measured).ok().context("three clusters")?;
     Ok(Measured { one, four, emulated, hidden, beside_ms, classes })
+}
+
+/// Share of the exchanges' travel for which nobody waited, as the cost model has it: what a receiver waited
+/// for an exchange is visible, at most for as long as that travelled.
+fn hidden(lanes: &[Aligned], exchanges: &BTreeSet<u32>) -> Option<f64> {
+    // By request and transfer: when it left, and how long it was waited for, in ns.
+    let (mut left, mut waited) = (HashMap::new(), HashMap::new());
+    for Aligned { lane, offset, .. } in lanes {
+        for span in &lane.spans {
+            let key = (span.request, span.id);
+            match span.kind {
+                Kind::Encode => _ = left.insert(key, span.end as i64 + offset),
+                Kind::Wait => *waited.entry(key).or_insert(0) += (span.end - span.start) as i64,
+                _ => {}
+            }
+        }
+    }
+    let (mut travel, mut visible) = (0, 0);
+    for Aligned { lane, offset, .. } in lanes {
+        let arrived = |span: &&Span| span.kind == Kind::Arrived && exchanges.contains(&span.id);
+        for span in lane.spans.iter().filter(arrived) {
+            let key = (span.request, span.id);
+            let Some(left) = left.get(&key) else { continue };
+            let took = (span.start as i64 + offset - left).max(0);
+            travel += took;
+            visible += waited.get(&key).copied().unwrap_or(0).min(took);
+        }
+    }
+    (travel > 0).then(|| 1.0 - visible as f64 / travel as f64)
 }
 
 fn means(before: &[NodeReport], after: &[NodeReport], latencies: Vec<f64>) -> Cluster {

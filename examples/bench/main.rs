@@ -98,7 +98,7 @@ fn run(args: &Args) -> Result<()> {
     let times = single.gflops(&models) / args.device.gflops;
     let namespaces = Namespaces::make(models.nodes())?;
     let mut runs = Vec::new();
-    for (policy, (name, _)) in models.splits.iter().enumerate() {
+    for (policy, (name, split)) in models.splits.iter().enumerate() {
         for &link in &args.link {
             let rate = link.bits_per_second / 1e6;
             eprintln!("four devices, {name}, {rate} Mbit/s …");
@@ -106,6 +106,13 @@ fn run(args: &Args) -> Result<()> {
             let trace = |folder: &PathBuf| folder.join(format!("trace_{policy}_{rate}mbit.json"));
             let orders = Orders {
                 split: models.split_folder(policy),
+                exchanges: split
+                    .manifest
+                    .transfers
+                    .iter()
+                    .filter(|transfer| transfer.step.is_some())
+                    .map(|transfer| transfer.id)
+                    .collect(),
                 whole: models.whole_folder(),
                 link,
                 times,

@@ -18,7 +18,9 @@ const PACKET: u64 = 1514;
 /// Time that packets take which pass the shapers in one piece, as network hardware takes them: each piece
 /// costs four passes of the machine and a timer, and one by one at four times 300 Mbit/s they keep two
 /// cores busy. A longer time would let tensors pass unshaped.
-const PIECE_SECONDS: f64 = 170e-6;
+const PIECE_SECONDS: f64 = 165e-6;
+/// By how much the shaper's timer may be late: what it could not send meanwhile must not be lost.
+const LATE_SECONDS: f64 = 60e-6;
 
 pub(crate) struct Namespaces {
     nodes: usize,
@@ -65,10 +67,10 @@ impl Namespaces {
     /// Shapes every host's interface, outwards and inwards.
     pub(crate) fn shape(&self, link: &Link) -> Result<()> {
         let rate = link.bits_per_second.round() as u64;
-        let packets = (link.bits_per_second * PIECE_SECONDS / 8.0 / PACKET as f64) as u64;
-        // The bucket holds two pieces: the shaper's timer is some ten microseconds late, and what it
-        // could not send meanwhile must not be lost.
-        let burst = 2 * PACKET * packets.max(1) + 100;
+        let bytes = |seconds: f64| link.bits_per_second * seconds / 8.0;
+        let packets = (bytes(PIECE_SECONDS) / PACKET as f64) as u64;
+        let spare = (bytes(LATE_SECONDS) as u64).max(PACKET);
+        let burst = PACKET * packets.max(1) + spare;
         let piece = if packets > 1 { PACKET * packets } else { 1 << 16 };
         let shaper = format!("root tbf rate {rate}bit burst {burst} latency 500ms");
         for rank in 0..self.nodes {
