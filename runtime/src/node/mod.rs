@@ -2,7 +2,7 @@
 //!
 //! [`Node::load`] takes a shard and an engine; a transport is then joined with the node's
 //! [`Node::sink`] and given to [`Node::connect`], so that peers hear of a node only when it can
-//! compute. The node goes through its program on a thread of its own; sends leave through one task a
+//! compute. The node goes through its program on a thread of its own; sends leave through one thread a
 //! peer, so that computing never waits for the network, nor one peer for another. While a request
 //! waits for a tensor, others are computed, oldest first.
 //!
@@ -23,8 +23,10 @@ use std::time::{Duration, Instant};
 
 use snn_schemas::manifest::Port;
 use snn_schemas::wire::{Answer, Tensor};
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 pub use self::error::{InferError, StartError};
 pub use self::report::{NodeReport, ReceiveReport, SendReport};
@@ -48,7 +50,9 @@ pub struct Node {
     outputs: Vec<Port>,
     /// Frames on their way to a transport, a queue a peer, until one is connected.
     leaving: Vec<mpsc::UnboundedReceiver<Leaving>>,
-    senders: JoinSet<()>,
+    senders: JoinSet<Option<()>>,
+    /// Ends the senders with the node.
+    sending: DropGuard,
     compute: Option<thread::JoinHandle<()>>,
 }
 
@@ -73,7 +77,8 @@ impl Node {
             .spawn(move || worker.run(engine, loaded))
             .map_err(StartError::Thread)?;
         let (senders, compute) = (JoinSet::new(), Some(compute));
-        let node = Node { core, inputs, outputs, leaving, senders, compute };
+        let sending = CancellationToken::new().drop_guard();
+        let node = Node { core, inputs, outputs, leaving, senders, sending, compute };
         match loading.await {
             Ok(Ok(())) => Ok(node),
             Ok(Err(error)) => Err(StartError::Engine(error)),
@@ -87,11 +92,14 @@ impl Node {
         Arc::new(move |event| core.take(event))
     }
 
-    /// Sends frames with `transport` from now on, a task a peer.
+    /// Sends frames with `transport` from now on, a thread a peer: a frame that has been computed leaves
+    /// without waiting for a worker of the runtime. Must be called within a tokio runtime.
     pub fn connect(&mut self, transport: Arc<dyn Transport>) {
         for (peer, frames) in self.leaving.drain(..).enumerate() {
+            let (runtime, end) = (Handle::current(), self.sending.token().clone());
             let missing = self.core.missing.subscribe();
-            self.senders.spawn(outbox::send_all(peer, frames, missing, Arc::clone(&transport)));
+            let sending = outbox::send_all(peer, frames, missing, Arc::clone(&transport));
+            self.senders.spawn_blocking(move || runtime.block_on(end.run_until_cancelled(sending)));
         }
     }
 
@@ -223,6 +231,7 @@ impl Node {
     pub async fn shutdown(mut self) {
         self.core.mailbox.close();
         lock(&self.core.asked).clear();
+        self.sending.token().cancel();
         self.senders.shutdown().await;
         if let Some(compute) = self.compute.take() {
             // A panic of the thread has been reported by its hook; there is nothing left to end.
