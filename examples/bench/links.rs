@@ -17,8 +17,8 @@ use snn::run::local::{Host, LocalCluster, LocalOptions};
 use snn_runtime::NodeReport;
 use snn_runtime::client::ClusterInfo;
 use snn_runtime::node::SendReport;
-use snn_runtime::watch::{Kind, Span};
 use snn_runtime::watch::trace::{Aligned, document};
+use snn_runtime::watch::{Kind, Span};
 use snn_schemas::cost::Link;
 use snn_schemas::metadata::Normalisation;
 

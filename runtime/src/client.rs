@@ -31,6 +31,9 @@ const TAKEOVER: Duration = Duration::from_secs(5);
 const ASK_AGAIN: Duration = Duration::from_millis(50);
 /// What a question may take on the way, beyond the time given for its answer.
 const TRAVEL: Duration = Duration::from_millis(500);
+/// Largest question or answer that the process a client is connected to passes on packet by packet, in bytes.
+/// One that is larger than the queue of a link would stop it: with a key it writes nothing while it reads.
+const PASSED_ON: usize = 256 << 10;
 /// Largest description or report accepted, in bytes: names of a thousand classes fit.
 const MAX_JSON: usize = 1 << 20;
 
@@ -42,6 +45,11 @@ pub(crate) fn info_key(split: &str) -> String {
 /// Key under which the entry node answers.
 pub(crate) fn infer_key(split: &str) -> String {
     format!("snn/{}/infer", split_prefix(split))
+}
+
+/// Key under which a process of the cluster asks the cluster for others.
+pub(crate) fn door_key(split: &str, process: &str) -> String {
+    format!("snn/{}/door/{process}", split_prefix(split))
 }
 
 /// Key under which the shard of a rank is handed out.
@@ -130,7 +138,11 @@ impl Client {
     /// # Errors
     /// The cluster's refusal in its own words, or that there was no answer in time.
     pub async fn infer(&self, inputs: Vec<Tensor>, within: Duration) -> Result<Answer, AskError> {
-        infer(&self.session, &self.info.split, inputs, within).await
+        let outputs = self.info.outputs.iter().map(|port| port.shape.iter().product::<usize>());
+        let inputs_bytes = inputs.iter().map(|input| size_of_val(input.data()));
+        let bytes = inputs_bytes.sum::<usize>().max(outputs.sum::<usize>() * size_of::<f32>());
+        let way = if bytes > PASSED_ON { Way::Door } else { Way::Straight };
+        infer(&self.session, &self.info.split, way, inputs, within).await
     }
 
     /// What each node has counted since it started, by rank; nodes that do not answer are left out.
@@ -186,17 +198,41 @@ pub(crate) async fn reach(address: String, within: Duration) -> Result<(), AskEr
     }
 }
 
+/// Who is asked for an inference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// Whoever computes the entry rank; processes in between pass the question on.
+    Straight,
+    /// The process that the session is connected to, which asks whoever that is by itself.
+    Door,
+}
+
+impl Way {
+    /// The key to ask under.
+    async fn key(self, session: &Session, split: &str) -> String {
+        match self {
+            Way::Straight => infer_key(split),
+            // A router asks nobody, and passes on whatever it is given.
+            Way::Door => match session.info().peers_zid().await.next() {
+                Some(process) => door_key(split, &process.to_string()),
+                None => infer_key(split),
+            },
+        }
+    }
+}
+
 /// Asks a cluster for one inference; asks again where its entry node dies meanwhile.
 pub(crate) async fn infer(
     session: &Session,
     split: &str,
+    way: Way,
     inputs: Vec<Tensor>,
     within: Duration,
 ) -> Result<Answer, AskError> {
     let question = wire::Infer { within, inputs }.encode();
-    let key = infer_key(split);
     let deadline = Instant::now() + within + TAKEOVER;
     loop {
+        let key = way.key(session, split).await;
         // Where the entry node dies, the question ends without an answer, and another is asked.
         let left = deadline.saturating_duration_since(Instant::now());
         let answers = ask(session, &key, question.clone(), left).await?;

@@ -73,6 +73,25 @@ async fn members_are_answered_and_nobody_else() {
     client.infer(vec![image(&net, 1)], PATIENCE).await.unwrap();
 }
 
+/// Two megabytes, more than the queue of any link takes, at the address of a node that only passes them on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_input_reaches_the_cluster_through_any_node() {
+    let net = Net { image: [3, 400, 400], ..net() };
+    let policy = ring(&net, 1, Dtype::F16);
+    let folder = folder(&net, Some(&policy), Nodes::PerGroup);
+    let own = key();
+    let (_nodes, addresses) = cluster(folder.path(), &own);
+    let client = Client::connect(&addresses[1..], Some(&own), PATIENCE).await.unwrap();
+    for seed in 0..3 {
+        let input = image(&net, seed);
+        let expected = reference::logits(&net, Some(&policy), input.data());
+        let answer = client.infer(vec![input], PATIENCE).await.unwrap();
+        assert_close(answer.outputs[0].data(), &expected, "a large input");
+    }
+    let reports = client.reports(PATIENCE).await.unwrap();
+    assert_eq!(reports.iter().map(|report| report.failures).collect::<Vec<_>>(), [0, 0]);
+}
+
 #[test]
 fn a_node_without_the_key_stays_outside() {
     let net = net();

@@ -13,7 +13,7 @@ use snn_schemas::metadata::ShardInfo;
 use tokio::sync::OnceCell;
 use zenoh::Session;
 
-use crate::client::{self, AskError, ClusterInfo, ask, info_key, parse};
+use crate::client::{self, AskError, ClusterInfo, Way, ask, info_key, parse};
 use crate::node::NodeReport;
 use crate::transport::BoxFuture;
 use crate::transport::zenoh::split_prefix;
@@ -128,9 +128,10 @@ impl Asker for ClusterAsker {
         within: Duration,
     ) -> BoxFuture<'_, Result<Answer, Unanswered>> {
         // The process that computes the entry rank answers, whoever that is, this one included.
-        Box::pin(
-            async move { Ok(client::infer(&self.session, &self.split, inputs, within).await?) },
-        )
+        Box::pin(async move {
+            let way = Way::Straight;
+            Ok(client::infer(&self.session, &self.split, way, inputs, within).await?)
+        })
     }
 
     fn reports(&self) -> BoxFuture<'_, Vec<NodeReport>> {

@@ -25,8 +25,8 @@ use snn_schemas::metadata::ShardInfo;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use self::answers::{Reruns, answer};
-use crate::client::shard_key;
+use self::answers::{Reruns, answer, ask_for_others};
+use crate::client::{door_key, shard_key};
 use crate::engine::Engine;
 use crate::http::{Asker, ClusterAsker, Own};
 use crate::knowledge::Knowledge;
@@ -106,6 +106,9 @@ impl Server {
         let mut tasks = JoinSet::new();
         let questions = queryable(&process.link, &shard_key(&process.info.split, "*")).await?;
         tasks.spawn(Arc::clone(&process).hand_out_shards(questions));
+        let door = door_key(&process.info.split, &process.link.id());
+        let door = queryable(&process.link, &door).await?;
+        tasks.spawn(ask_for_others(process.link.clone(), process.info.split.clone(), door));
         if options.takeover {
             tasks.spawn(Arc::clone(&process).gather_shards());
             tasks.spawn(Arc::clone(&process).stand_in());
