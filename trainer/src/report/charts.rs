@@ -22,6 +22,8 @@ const COLOURS: [RGBColor; 6] = [
     RGBColor(214, 69, 69),
     RGBColor(21, 152, 168),
 ];
+/// Room for the key beside several curves, in pixels: over them it would hide what it names.
+const KEY: i32 = 104;
 /// Width of a heat-map, and the height of one of its rows, in pixels.
 const HEAT: (u32, u32) = (300, 10);
 
@@ -62,7 +64,9 @@ impl Chart<'_> {
 
     fn draw_on(&self, svg: &mut String) -> Result<(), Box<dyn Error>> {
         let area = SVGBackend::with_string(svg, self.size).into_drawing_area();
-        let mut chart = ChartBuilder::on(&area)
+        let key = if self.curves.len() > 1 { KEY } else { 0 };
+        let (plot, beside) = area.split_horizontally(self.size.0 as i32 - key);
+        let mut chart = ChartBuilder::on(&plot)
             .caption(self.title, ("sans-serif", if self.title.is_empty() { 1 } else { 15 }))
             .margin(8)
             .margin_right(14)
@@ -73,15 +77,20 @@ impl Chart<'_> {
         mesh.x_desc(self.axes.0).y_desc(self.axes.1).x_labels(6).y_labels(6);
         mesh.x_label_formatter(&tick).y_label_formatter(&tick);
         mesh.light_line_style(TRANSPARENT).bold_line_style(BLACK.mix(0.12)).draw()?;
-        for ((name, points), colour) in self.curves.iter().zip(COLOURS.iter().cycle()) {
+        for ((_, points), colour) in self.curves.iter().zip(COLOURS.iter().cycle()) {
             let style = ShapeStyle::from(colour).stroke_width(2);
-            let line = LineSeries::new(thin(points), style);
-            let key = move |(x, y)| PathElement::new([(x, y), (x + 16, y)], style);
-            chart.draw_series(line)?.label(name).legend(key);
+            chart.draw_series(LineSeries::new(thin(points), style))?;
         }
         if self.curves.len() > 1 {
-            let mut key = chart.configure_series_labels();
-            key.border_style(TRANSPARENT).position(SeriesLabelPosition::MiddleRight).draw()?;
+            let written = ("sans-serif", 12).into_text_style(&beside);
+            for (row, ((name, _), colour)) in
+                self.curves.iter().zip(COLOURS.iter().cycle()).enumerate()
+            {
+                let y = 48 + 18 * row as i32;
+                let style = ShapeStyle::from(colour).stroke_width(2);
+                beside.draw(&PathElement::new([(0, y), (16, y)], style))?;
+                beside.draw(&Text::new(name.as_str(), (22, y - 5), written.clone()))?;
+            }
         }
         area.present()?;
         Ok(())
