@@ -9,7 +9,7 @@ use burn::nn::loss::CrossEntropyLoss;
 use burn::optim::decay::WeightDecayConfig;
 use burn::optim::momentum::MomentumConfig;
 use burn::optim::{GradientsAccumulator, GradientsParams, ModuleOptimizer, SgdConfig};
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Int, Tensor, TensorReadError};
 use rand::seq::SliceRandom;
 use snn_schemas::Policy;
 
@@ -57,47 +57,70 @@ pub(crate) fn epoch(
     order.shuffle(&mut epoch.rng);
     let Epoch { images, settings, lr, policies, rng } = epoch;
     loader::load(images, (&order, settings.batch), (&settings.augment, rng), |batches| {
-        let mut sums = Sums::default();
+        let mut told = Told::default();
         for (batch, policies) in batches.zip(policies) {
             let (pixels, labels) = images.tensors(batch.pixels, batch.indices, &device);
             let mut mean = GradientsAccumulator::new();
             for policy in policies {
                 let logits = network.forward_with(pixels.clone(), policy, Stats::Batch); // [batch, classes]
-                sums.right += hits(&logits, &labels)?;
+                let right = hits(&logits, &labels);
                 let loss = CrossEntropyLoss::new(None, &device).forward(logits, labels.clone()); // [1]
-                sums.loss += scalar(&loss)? * batch.indices.len() as f64;
-                sums.seen += batch.indices.len() as f64;
+                told.losses.push(loss.clone().detach());
+                told.right.push(right);
                 let grads = (loss / policies.len() as f64).backward();
                 mean.accumulate(&network, GradientsParams::from_grads(grads, &network));
             }
             network = sgd.step(lr, network, mean.grads());
+            told.read_some(batch.indices.len())?;
         }
-        Ok((network, sums.loss / sums.seen, sums.right / sums.seen))
+        told.read(settings.batch)?;
+        Ok((network, told.loss / told.seen, told.hits / told.seen))
     })
 }
 
-/// What an epoch adds up over its images.
+/// Figures are read from the device this many at a time: it computes on meanwhile, and is never far behind.
+const READ_AT_ONCE: usize = 32;
+
+/// What the batches of an epoch came to.
 #[derive(Default)]
-struct Sums {
+struct Told {
+    /// Mean loss of each batch that is not read yet, `[1]`.
+    losses: Vec<Tensor<1>>,
+    /// Images told right in each, `[1]`.
+    right: Vec<Tensor<1, Int>>,
     loss: f64,
-    right: f64,
+    hits: f64,
     seen: f64,
 }
 
-fn hits(logits: &Tensor<2>, labels: &Tensor<1, Int>) -> Result<f64, TrainError> {
-    let [batch, _] = logits.dims();
-    let told = logits.clone().detach().argmax(1).reshape([batch]);
-    let hits = told.equal(labels.clone()).int().sum();
-    let hits: i64 =
-        hits.try_into_scalar().map_err(|error| TrainError::Tensor(error.to_string()))?;
-    Ok(hits as f64)
+impl Told {
+    /// Reads what has gathered, if it is enough; batches have `images` images.
+    fn read_some(&mut self, images: usize) -> Result<(), TrainError> {
+        if self.losses.len() < READ_AT_ONCE { Ok(()) } else { self.read(images) }
+    }
+
+    /// Reads what has gathered.
+    fn read(&mut self, images: usize) -> Result<(), TrainError> {
+        if self.losses.is_empty() {
+            return Ok(());
+        }
+        let losses = Tensor::cat(std::mem::take(&mut self.losses), 0);
+        let right = Tensor::cat(std::mem::take(&mut self.right), 0);
+        let wrong = |error: TensorReadError| TrainError::Tensor(error.to_string());
+        for loss in losses.try_into_vec_as::<f32>().map_err(wrong)? {
+            self.loss += f64::from(loss) * images as f64;
+            self.seen += images as f64;
+        }
+        for right in right.try_into_vec_as::<i64>().map_err(wrong)? {
+            self.hits += right as f64;
+        }
+        Ok(())
+    }
 }
 
-fn scalar(value: &Tensor<1>) -> Result<f64, TrainError> {
-    let value: f32 = value
-        .clone()
-        .detach()
-        .try_into_scalar()
-        .map_err(|error| TrainError::Tensor(error.to_string()))?;
-    Ok(f64::from(value))
+/// How many of a batch are told right, `[1]`.
+fn hits(logits: &Tensor<2>, labels: &Tensor<1, Int>) -> Tensor<1, Int> {
+    let [batch, _] = logits.dims();
+    let told = logits.clone().detach().argmax(1).reshape([batch]);
+    told.equal(labels.clone()).int().sum()
 }

@@ -11,8 +11,9 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::nn::{BatchNorm, BatchNormConfig, Initializer, Linear, PaddingConfig2d};
 use burn::tensor::activation::relu;
-use burn::tensor::module::{adaptive_avg_pool2d, batch_norm, batch_norm_train};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::module::{adaptive_avg_pool2d, batch_norm, batch_norm_train, conv2d};
+use burn::tensor::ops::ConvOptions;
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use rand::RngExt;
 use snn_schemas::Policy;
 
@@ -220,12 +221,26 @@ impl ConvNorm {
             };
             return kernels::conv_norm(x, self.conv.weight.val(), norm, residual, options);
         }
-        let y = self.normed(self.conv.forward(x), stats);
+        let y = self.normed(self.convolved(x, stats), stats);
         let y = match residual {
             Some(residual) => residual + y,
             None => y,
         };
         if close { relu(y) } else { y }
+    }
+
+    /// Grouped on the CPU, and with stored statistics, as it is exported. Elsewhere dense, with zeros
+    /// between the groups: burn's GPU kernels are made for dense convolutions, and the gradient of a
+    /// grouped one's weights takes a kernel a group.
+    fn convolved(&self, x: Tensor<4>, stats: Stats) -> Tensor<4> {
+        let Conv2d { groups, stride, dilation, .. } = self.conv;
+        if groups == 1 || stats == Stats::Stored || kernels::runs_on(&x.device()) {
+            return self.conv.forward(x);
+        }
+        let weight = self.conv.weight.val();
+        let [_, _, kernel, _] = weight.dims();
+        let around = [kernel / 2; 2];
+        conv2d(x, dense(weight, groups), None, ConvOptions::new(stride, around, dilation, 1))
     }
 
     fn normed(&self, x: Tensor<4>, stats: Stats) -> Tensor<4> {
@@ -250,6 +265,18 @@ impl ConvNorm {
         }
         normed.output
     }
+}
+
+/// The weights `[out, in, k, k]` of the dense convolution that does what a grouped one with the weights
+/// `[out, in / groups, k, k]` does.
+fn dense(weight: Tensor<4>, groups: usize) -> Tensor<4> {
+    let [outputs, inputs, height, width] = weight.dims();
+    let device = weight.device();
+    let number = Tensor::<1, Int>::arange(0..groups as i64, &device);
+    let own = number.clone().reshape([groups, 1, 1, 1]);
+    let own = own.equal(number.reshape([1, 1, groups, 1])).float(); // [groups, 1, groups, 1]
+    let weight = weight.reshape([groups, outputs / groups, 1, inputs * height * width]);
+    (weight * own).reshape([outputs, groups * inputs, height, width])
 }
 
 /// Draws the weights of a new network, layer after layer.

@@ -83,6 +83,38 @@ fn weights_depend_on_the_seed_alone() {
 }
 
 #[test]
+fn a_dense_convolution_with_zeros_between_groups_is_a_grouped_one() {
+    let device = Device::flex().autodiff();
+    for (groups, kernel, stride) in [(4, 3, 2), (2, 3, 1), (4, 1, 1), (8, 1, 2)] {
+        let mut rng = rng(9, "dense", groups);
+        let mut random = |shape: [usize; 4]| {
+            let count = shape.iter().product();
+            let values: Vec<f32> = (0..count).map(|_| rng.random_range(-1.0..1.0)).collect();
+            Tensor::<4>::from_data(TensorData::new(values, shape), &device)
+        };
+        let x = random([2, 8, 6, 7]).require_grad();
+        let weight = random([16, 8 / groups, kernel, kernel]).require_grad();
+        let gradients = |weight_of: Tensor<4>, groups: usize| {
+            let options = ConvOptions::new([stride; 2], [kernel / 2; 2], [1, 1], groups);
+            let y = conv2d(x.clone(), weight_of, None, options);
+            let [images, channels, height, width] = y.dims();
+            let weighing = Tensor::<1, Int>::arange(0..y.shape().num_elements() as i64, &device);
+            let weighing = weighing.float().sin().reshape([images, channels, height, width]);
+            let grads = (y.clone() * weighing).sum().backward();
+            [y, x.grad(&grads).unwrap(), weight.grad(&grads).unwrap()]
+                .map(|tensor| tensor.try_into_vec_as::<f32>().unwrap())
+        };
+        let grouped = gradients(weight.clone(), groups);
+        let dense = gradients(dense(weight.clone(), groups), 1);
+        for (dense, grouped) in dense.iter().zip(&grouped) {
+            assert_eq!(dense.len(), grouped.len());
+            let off = dense.iter().zip(grouped).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(off < TOLERANCE, "{groups} groups, {kernel}x{kernel}, stride {stride}: {off}");
+        }
+    }
+}
+
+#[test]
 fn exchange_is_that_of_a_plain_evaluation() {
     for (family, groups, staleness, depth, dtype) in [
         (Family::ResNeXt, 2, 1, 11, Dtype::F32),
