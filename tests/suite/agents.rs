@@ -230,7 +230,7 @@ fn wait_for_line(address: SocketAddr, line: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nodes_of_agents_run_as_the_deployer_says() {
+async fn nodes_of_agents_run_as_the_deployer_says_and_takeovers_are_counted() {
     let net = residual(2, &[2, 2], 8);
     let policy = ring(&net, 2, Dtype::F32);
     let mut site = Site::new(2);
@@ -272,11 +272,21 @@ async fn nodes_of_agents_run_as_the_deployer_says() {
         assert!(Instant::now() < deadline);
     }
     wait_for_line(site.devices[0].http, "snn_takeovers_total 0");
+    // Who has just joined has yet to hand his shard on.
+    tokio::time::sleep(Duration::from_secs(1)).await;
     // Frozen, it is not noticed at once; what it does not send is gone without.
     let frozen = children(site.devices[1].process.id());
     kill(frozen[0], "-STOP");
     let start = Instant::now();
     assert!(ask().await.degraded);
     assert!(start.elapsed() < PATIENCE / 2);
+    // Then somebody stands in for it, and nothing is gone without any more.
+    wait_for_line(site.devices[0].http, "snn_takeovers_total 1");
+    let deadline = Instant::now() + PATIENCE;
+    while ask().await.degraded {
+        assert!(Instant::now() < deadline);
+    }
+    let status = get(site.devices[0].http, "/status");
+    assert!(status.contains(r#""guest_of":0"#), "{status}");
     kill(frozen[0], "-CONT");
 }

@@ -21,15 +21,17 @@ const FETCH_WITHIN: Duration = Duration::from_secs(10);
 const CHUNK: usize = 8 << 10;
 /// Largest shard fetched from peers, in bytes.
 const MAX_SHARD: usize = 1 << 30;
-/// Pause before missing shards are asked for: they may be beside the own one, or their owners still
-/// be starting.
+/// Pause before missing shards are asked for again, where nobody has come or gone meanwhile.
 const FETCH_AGAIN: Duration = Duration::from_millis(500);
 
 impl Process {
-    /// Fetches the shards of all ranks from whoever has them.
+    /// Fetches the shards of all ranks from whoever has them, as soon as he is there: should he be gone
+    /// before, nobody could stand in for him.
     pub(super) async fn gather_shards(self: Arc<Self>) {
+        let mut members = self.members.clone();
         loop {
-            tokio::time::sleep(FETCH_AGAIN).await;
+            // What has come by now is looked for at once.
+            members.mark_unchanged();
             let missing = self.shelf().missing();
             if missing.is_empty() {
                 return;
@@ -38,6 +40,10 @@ impl Process {
                 if let Err(error) = self.fetch(rank).await {
                     tracing::debug!(rank, reason = one_line(&error), "shard not fetched");
                 }
+            }
+            let changed = tokio::time::timeout(FETCH_AGAIN, members.changed()).await;
+            if let Ok(Err(_)) = changed {
+                return;
             }
         }
     }
