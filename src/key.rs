@@ -11,11 +11,16 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use snn_runtime::key::{ClusterKey, MAX_KEY_BYTES};
 
+/// The rights of a file that only its owner and its group have.
+const OTHERS: u32 = 0o007;
+/// The rights of a file that only its owner has.
+const OTHERS_AND_GROUP: u32 = 0o077;
+
 /// Reads a key file.
 pub(crate) fn read(path: &Path) -> Result<ClusterKey> {
     let read = || -> Result<ClusterKey> {
         let file = File::open(path)?;
-        check_private(&file, path)?;
+        check_private(&file, path, OTHERS_AND_GROUP)?;
         let mut text = String::new();
         file.take(MAX_KEY_BYTES as u64).read_to_string(&mut text)?;
         Ok(ClusterKey::from_pem(&text)?)
@@ -23,17 +28,22 @@ pub(crate) fn read(path: &Path) -> Result<ClusterKey> {
     read().context("key").with_context(|| path.display().to_string())
 }
 
+/// Refuses the private key of a web server where everybody can read it; a group may, as is usual.
+pub(crate) fn check_hidden(file: &File, path: &Path) -> Result<()> {
+    check_private(file, path, OTHERS)
+}
+
 #[cfg(unix)]
-fn check_private(file: &File, path: &Path) -> Result<()> {
+fn check_private(file: &File, path: &Path, who: u32) -> Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
     let mode = file.metadata()?.permissions().mode() & 0o777;
     let path = path.display();
-    ensure!(mode & 0o077 == 0, "others can read it (mode {mode:o}); chmod 600 {path}");
+    ensure!(mode & who == 0, "others can read it (mode {mode:o}); chmod 600 {path}");
     Ok(())
 }
 
 #[cfg(not(unix))]
-fn check_private(_: &File, _: &Path) -> Result<()> {
+fn check_private(_: &File, _: &Path, _: u32) -> Result<()> {
     Ok(())
 }
 

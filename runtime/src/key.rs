@@ -5,13 +5,17 @@
 //! share: with it both ends of every connection prove that they belong to the cluster (mutual TLS).
 //! The authority's own private key is thrown away, so that nobody can add others later: a new key is
 //! a new cluster. Keys are never logged: they print as their fingerprint.
+//!
+//! HTTPS has an authority apart, whose private key is in the file: whoever has the key makes the
+//! certificate that a client expects of the address it asks ([`crate::http::Tls`]). Nothing that it
+//! signs lets anybody into the cluster. Keys made before there was HTTPS have none.
 
 use std::fmt;
 use std::time::Duration;
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyPair, KeyUsagePurpose,
 };
 use sha2::{Digest as _, Sha256};
 use time::OffsetDateTime;
@@ -28,6 +32,14 @@ const PRIVATE_KEY: &str = "PRIVATE KEY";
 #[derive(Clone, PartialEq, Eq)]
 pub struct ClusterKey {
     authority: String,
+    certificate: String,
+    private_key: String,
+    web: Option<Web>,
+}
+
+/// The authority for HTTPS, PEM.
+#[derive(Clone, PartialEq, Eq)]
+struct Web {
     certificate: String,
     private_key: String,
 }
@@ -47,12 +59,8 @@ impl ClusterKey {
         let now = OffsetDateTime::now_utc();
         let end = now.checked_add(lifetime.try_into().map_err(|_| KeyError::Lifetime)?);
         let (start, end) = (now - CLOCKS_BEHIND, end.ok_or(KeyError::Lifetime)?);
-        let make = |error: rcgen::Error| KeyError::Make { reason: error.to_string() };
 
-        let mut authority = CertificateParams::new(Vec::new()).map_err(make)?;
-        authority.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        authority.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        authority.distinguished_name.push(DnType::CommonName, "snn cluster authority");
+        let mut authority = authority_params("snn cluster authority".to_owned())?;
         (authority.not_before, authority.not_after) = (start, end);
         let authority_key = KeyPair::generate().map_err(make)?;
         let authority_certificate = authority.self_signed(&authority_key).map_err(make)?;
@@ -66,39 +74,82 @@ impl ClusterKey {
         let member_key = KeyPair::generate().map_err(make)?;
         let issuer = Issuer::new(authority, authority_key);
         let certificate = member.signed_by(&member_key, &issuer).map_err(make)?;
-        Ok(ClusterKey {
+        let mut key = ClusterKey {
             authority: authority_certificate.pem(),
             certificate: certificate.pem(),
             private_key: member_key.serialize_pem(),
-        })
+            web: None,
+        };
+
+        let mut web = authority_params(key.web_name())?;
+        web.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        (web.not_before, web.not_after) = (start, end);
+        let web_key = KeyPair::generate().map_err(make)?;
+        let certificate = web.self_signed(&web_key).map_err(make)?.pem();
+        key.web = Some(Web { certificate, private_key: web_key.serialize_pem() });
+        Ok(key)
     }
 
-    /// Reads a key file: the authority's certificate, the members' certificate, their private key.
+    /// Reads a key file: the authority's certificate, the members' certificate, their private key; then
+    /// certificate and private key of the authority for HTTPS.
     ///
     /// # Errors
     /// The file is something else.
     pub fn from_pem(text: &str) -> Result<ClusterKey, KeyError> {
         let blocks = blocks(text).ok_or(KeyError::NoKey)?;
-        match blocks.as_slice() {
-            [(CERTIFICATE, authority), (CERTIFICATE, certificate), (PRIVATE_KEY, private_key)] => {
-                let [authority, certificate, private_key] =
-                    [authority, certificate, private_key].map(|block| format!("{block}\n"));
-                Ok(ClusterKey { authority, certificate, private_key })
+        let own = |block: &&str| format!("{block}\n");
+        let (
+            [(CERTIFICATE, authority), (CERTIFICATE, certificate), (PRIVATE_KEY, private_key)],
+            web,
+        ) = blocks.split_first_chunk().ok_or(KeyError::NoKey)?
+        else {
+            return Err(KeyError::NoKey);
+        };
+        let web = match web {
+            [] => None,
+            [(CERTIFICATE, certificate), (PRIVATE_KEY, private_key)] => {
+                Some(Web { certificate: own(certificate), private_key: own(private_key) })
             }
-            _ => Err(KeyError::NoKey),
-        }
+            _ => return Err(KeyError::NoKey),
+        };
+        let [authority, certificate, private_key] = [authority, certificate, private_key].map(own);
+        Ok(ClusterKey { authority, certificate, private_key, web })
     }
 
     /// The key file's text. Whoever reads it belongs to the cluster.
     pub fn to_pem(&self) -> String {
-        [self.authority.trim_end(), self.certificate.trim_end(), self.private_key.trim_end(), ""]
-            .join("\n")
+        let web = self.web.iter().flat_map(|web| [&web.certificate, &web.private_key]);
+        let blocks = [&self.authority, &self.certificate, &self.private_key].into_iter().chain(web);
+        blocks.map(|block| format!("{}\n", block.trim_end())).collect()
     }
 
     /// First digits of the authority certificate's SHA-256: tells keys apart, and tells nothing else.
     pub fn fingerprint(&self) -> String {
         let digest = Sha256::digest(self.authority.trim().as_bytes());
         digest[..8].iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Certificate of the authority for HTTPS, PEM: what clients are given, for everybody to see.
+    ///
+    /// # Errors
+    /// [`KeyError::NoWeb`] where the key was made before there was one.
+    pub fn web_authority(&self) -> Result<&str, KeyError> {
+        self.web.as_ref().map(|web| web.certificate.as_str()).ok_or(KeyError::NoWeb)
+    }
+
+    /// What signs certificates for HTTPS.
+    ///
+    /// # Errors
+    /// [`KeyError::NoWeb`] as above; [`KeyError::Make`] where the private key is none.
+    pub(crate) fn web_issuer(&self) -> Result<Issuer<'static, KeyPair>, KeyError> {
+        let web = self.web.as_ref().ok_or(KeyError::NoWeb)?;
+        let private_key = KeyPair::from_pem(&web.private_key).map_err(make)?;
+        Ok(Issuer::new(authority_params(self.web_name())?, private_key))
+    }
+
+    /// The name of the authority for HTTPS: another for each cluster, so that a client may know several.
+    fn web_name(&self) -> String {
+        format!("snn cluster {}", self.fingerprint())
     }
 
     /// Certificate of the authority, PEM.
@@ -115,6 +166,21 @@ impl ClusterKey {
     pub(crate) fn private_key(&self) -> &str {
         &self.private_key
     }
+}
+
+/// An authority of this name, whose dates are the caller's.
+fn authority_params(name: String) -> Result<CertificateParams, KeyError> {
+    let mut params = CertificateParams::new(Vec::new()).map_err(make)?;
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    // Rather than the library's own name.
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, name);
+    Ok(params)
+}
+
+fn make(error: rcgen::Error) -> KeyError {
+    KeyError::Make { reason: error.to_string() }
 }
 
 /// The PEM blocks of a text, each with its label; `None` where one does not end.
@@ -139,6 +205,9 @@ pub enum KeyError {
     /// The text is something else.
     #[error("not a cluster key; make one with \"snnc key new\"")]
     NoKey,
+    /// A key made before there was HTTPS.
+    #[error("the key has no authority for HTTPS; make a new one with \"snnc key new\"")]
+    NoWeb,
     /// A lifetime beyond the calendar.
     #[error("no date is that far away")]
     Lifetime,
@@ -173,5 +242,15 @@ mod tests {
         for text in ["", "hello", &key[..key.len() / 2], &key[key.len() / 3..], &key.repeat(2)] {
             assert_eq!(ClusterKey::from_pem(text), Err(KeyError::NoKey));
         }
+    }
+
+    #[test]
+    fn a_key_without_an_authority_for_https_is_a_key() {
+        let key = ClusterKey::new(Duration::from_secs(60)).unwrap();
+        let (text, before) = (key.to_pem(), ClusterKey { web: None, ..key.clone() }.to_pem());
+        assert!(text.starts_with(&before) && text.ends_with(&key.web.unwrap().private_key));
+        let read = ClusterKey::from_pem(&before).unwrap();
+        assert_eq!(read.to_pem(), before);
+        assert_eq!(read.web_authority(), Err(KeyError::NoWeb));
     }
 }

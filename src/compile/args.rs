@@ -55,6 +55,11 @@ const KEY_HELP: &str = "\
 Example:
   snnc key new cluster.key";
 
+const AUTHORITY_HELP: &str = "\
+Example:
+  snnc key authority cluster.key > cluster.pem
+  curl --cacert cluster.pem --data-binary @cat.png https://192.168.1.11:8000/classify";
+
 const DEPLOY_HELP: &str = "\
 Examples:
   To the agents on the local network (snn-run --agent --key cluster.key on each device):
@@ -95,7 +100,7 @@ pub(crate) enum Command {
     /// Send shards to the agents on the devices, start them, check their answers
     #[command(after_help = DEPLOY_HELP)]
     Deploy(Deploy),
-    /// Make the key that lets devices into a cluster, and nobody else
+    /// Make the key that lets devices into a cluster, and nobody else; show what of it is public
     #[command(subcommand)]
     Key(Key),
 }
@@ -105,6 +110,16 @@ pub(crate) enum Key {
     /// Write a new key file, to be copied to every device
     #[command(after_help = KEY_HELP)]
     New(NewKey),
+    /// Print the certificate by which clients know the cluster's HTTPS (snn-run --https): PEM, no secret
+    #[command(after_help = AUTHORITY_HELP)]
+    Authority(Authority),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Authority {
+    /// The cluster's key
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
 }
 
 #[derive(Debug, clap::Args)]

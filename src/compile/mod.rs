@@ -53,6 +53,7 @@ fn dispatch(args: &Args) -> Result<ExitCode> {
         Command::Show(show) => show::show(show)?,
         Command::Deploy(deploy) => return deploy::deploy(deploy),
         Command::Key(args::Key::New(new)) => key::new(new)?,
+        Command::Key(args::Key::Authority(authority)) => key::authority(authority)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -28,7 +28,7 @@ pub(super) async fn agent(agent: args::Agent) -> Result<ExitCode> {
         given.clone().unwrap_or_else(|| format!("{host}:{port}"))
     };
     let claimed = match &agent.http {
-        Some(settings) => Some(http::claim(settings, agent.insecure).await?),
+        Some(settings) => Some(http::claim(settings, key.as_ref(), agent.insecure).await?),
         None => None,
     };
     let serve = Options {
@@ -47,7 +47,7 @@ pub(super) async fn agent(agent: args::Agent) -> Result<ExitCode> {
         insecure: agent.insecure,
         dir: agent.dir.clone(),
         peers: agent.peers.clone(),
-        http: claimed.as_ref().map(|http| http.address().to_string()),
+        http: claimed.as_ref().map(|http| http.url().to_string()),
         front: Some(place(link.address())),
     };
     let name = options.name.clone();
@@ -57,8 +57,8 @@ pub(super) async fn agent(agent: args::Agent) -> Result<ExitCode> {
     super::progress(format_args!("answering on {}", link.address()));
     let mut serving = JoinSet::new();
     let http = claimed.map(|http| {
-        super::progress(format_args!("http://{}", http.address()));
-        if let Some(warning) = http::warning(http.address()) {
+        super::progress(http.url());
+        if let Some(warning) = http.url().warning() {
             super::progress(warning);
         }
         http.serve(Arc::clone(&front) as Arc<_>)

@@ -12,7 +12,7 @@ use snn_runtime::agent::wire::MAX_SETTING_MS;
 use snn_schemas::cost::Link;
 
 use super::emulation;
-use super::http::Settings;
+use super::http::{Encryption, Settings};
 
 /// Longest `--timeout`, in seconds: a week; beyond it is a mistake.
 const MAX_TIMEOUT: f64 = 7.0 * 24.0 * 3600.0;
@@ -33,6 +33,8 @@ Examples:
       snn-run --local net.shards --input x.npy --output y.npy --check reference.npy
   The whole cluster on this machine, over HTTP: rank r at port 8000 + r, to be watched in a browser:
       snn-run --local net.shards --http 8000
+  A node that serves HTTPS to the network; clients know it by what snnc key authority prints:
+      snn-run net.shards/shard_1.onnx --key cluster.key --https 0.0.0.0:8000
   Wait on a device for what \"snnc deploy\" sends:
       snn-run --agent --key cluster.key --dir /var/lib/snn
   The same as four devices of 5 GFLOP/s would, on links of 300 Mbit/s:
@@ -58,6 +60,7 @@ Example:
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
     group(ArgGroup::new("what").required(true).args(["shard", "local", "agent", "profile"])),
+    group(ArgGroup::new("serving").args(["http", "https"])),
 )]
 pub struct Args {
     #[command(subcommand)]
@@ -129,8 +132,32 @@ pub struct Args {
     #[arg(long, value_name = "ADDR", conflicts_with_all = ["input", "output", "check", "json", "repeat"], help_heading = "Watching and serving")]
     http: Option<String>,
 
+    /// Serve HTTPS at PORT of this machine, or at HOST:PORT, to whoever reaches it; clients know it by the
+    /// certificate that snnc key authority prints
+    #[arg(
+        long,
+        value_name = "ADDR",
+        conflicts_with = "local",
+        help_heading = "Watching and serving"
+    )]
+    https: Option<String>,
+
+    /// Certificate for --https, PEM, followed by those of authorities in between [default: made with
+    /// --key, for any name and address]
+    #[arg(long, value_name = "FILE", requires_all = ["https", "https_key"], help_heading = "Watching and serving")]
+    https_cert: Option<PathBuf>,
+
+    /// Private key of --https-cert, PEM
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "https_cert",
+        help_heading = "Watching and serving"
+    )]
+    https_key: Option<PathBuf>,
+
     /// How long a request over HTTP may take
-    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds, requires = "http", help_heading = "Watching and serving")]
+    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds, requires = "serving", help_heading = "Watching and serving")]
     http_within: Duration,
 
     /// Write what happened when, for Perfetto or chrome://tracing; a node writes its own part at its end
@@ -347,7 +374,13 @@ impl Args {
     pub fn mode(self) -> Mode {
         let threads = usize::from(self.threads);
         let within = self.http_within;
-        let http = self.http.map(|address| Settings { address, within });
+        let encryption = match self.https_cert.zip(self.https_key) {
+            Some((certificate, private_key)) => Encryption::Own { certificate, private_key },
+            None if self.https.is_some() => Encryption::Cluster,
+            None => Encryption::None,
+        };
+        let http = self.http.or(self.https);
+        let http = http.map(|address| Settings { address, within, encryption });
         if self.profile {
             return Mode::Profile(Profile { threads, json: self.json });
         }
@@ -449,6 +482,9 @@ mod tests {
             matches!(mode("snn-run infer --node a:1 x.npy"), Mode::Infer(i) if i.node == ["a:1"])
         );
         assert!(matches!(mode("snn-run --profile --json"), Mode::Profile(p) if p.json));
+        let line = "snn-run --agent --https 8000 --https-cert c --https-key k --http-within 3";
+        let own = |http: &Settings| matches!(http.encryption, Encryption::Own { .. });
+        assert!(matches!(mode(line), Mode::Agent(a) if a.http.as_ref().is_some_and(own)));
         let line = "snn-run --local d --device 20x --link 300mbit,0.3ms";
         assert!(matches!(mode(line), Mode::Local(l) if l.device.is_some() && l.link.is_some()));
     }
@@ -471,6 +507,10 @@ mod tests {
             "snn-run --local d --http 8000 --repeat 2",
             "snn-run --local d --http 8000 --input a.npy",
             "snn-run d/shard_1.onnx --http-within 3",
+            "snn-run d/shard_1.onnx --http 8000 --https 8001",
+            "snn-run d/shard_1.onnx --https 8000 --https-cert c.pem",
+            "snn-run d/shard_1.onnx --https-cert c.pem --https-key k.pem",
+            "snn-run --local d --https 8000",
             "snn-run d/shard_1.onnx --dir state",
             "snn-run d/shard_1.onnx --agent",
             "snn-run --agent --json",

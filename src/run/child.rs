@@ -231,7 +231,7 @@ fn serve_child(orders: &Orders) -> Result<()> {
     };
     let tell = |progress: Progress<'_>| match progress {
         Progress::Listening(address) => say(&format!("listening {address}")),
-        Progress::Http(address) => say(&format!("http {address}")),
+        Progress::Http(url) => say(&format!("http {}", url.address)),
         Progress::Waiting(_) | Progress::StandingIn(_) | Progress::Through(_) => {}
         Progress::Ready => say("ready"),
     };

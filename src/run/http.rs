@@ -5,17 +5,22 @@
 //! Pictures become the model's
 //! input as those of `snn-run infer` do.
 
+use std::fmt;
+use std::fs::File;
+use std::io::Read as _;
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use snn_runtime::Tensor;
 use snn_runtime::client::ClusterInfo;
-use snn_runtime::http::{Asker, Http, Limits};
+use snn_runtime::http::{Asker, Http, Limits, Tls};
+use snn_runtime::key::ClusterKey;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -24,13 +29,35 @@ use super::infer::input_spec;
 use super::local::{LocalCluster, LocalOptions};
 use super::{args, input, trace};
 
-/// Where HTTP is served, and how long a request may take.
+/// Largest certificate or private key accepted, in bytes: a chain of a few takes ten thousand.
+const MAX_PEM_BYTES: u64 = 64 << 10;
+
+/// Where HTTP is served, and how.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
     /// `PORT`, on this machine only, or `HOST:PORT`; port 0 takes a free one.
     pub address: String,
     /// How long a request may take, where it does not say itself.
     pub within: Duration,
+    /// Whether it is HTTPS.
+    pub encryption: Encryption,
+}
+
+/// How HTTP is encrypted.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub enum Encryption {
+    /// Not at all.
+    #[default]
+    None,
+    /// With certificates of the cluster's own authority, which is in its key.
+    Cluster,
+    /// With a certificate of the owner's own.
+    Own {
+        /// The certificate, PEM, followed by those of authorities in between.
+        certificate: PathBuf,
+        /// Its private key, PEM.
+        private_key: PathBuf,
+    },
 }
 
 impl Settings {
@@ -50,7 +77,7 @@ impl Settings {
             _ => u16::try_from(rank).ok().and_then(|rank| port.checked_add(rank)),
         };
         let port = port.with_context(|| format!("{}: no port for rank {rank}", self.address))?;
-        Ok(Settings { address: format!("{host}{port}"), within: self.within })
+        Ok(Settings { address: format!("{host}{port}"), ..self.clone() })
     }
 }
 
@@ -58,25 +85,101 @@ impl Settings {
 pub(super) struct Claimed {
     http: Http,
     within: Duration,
+    url: Url,
 }
 
-/// Claims the address; one that others can reach only where the user's own word allows it.
-pub(super) async fn claim(settings: &Settings, insecure: bool) -> Result<Claimed> {
+/// Claims the address; one that others can reach only where nothing is said there in the clear, or the
+/// user's own word allows it.
+pub(super) async fn claim(
+    settings: &Settings,
+    key: Option<&ClusterKey>,
+    insecure: bool,
+) -> Result<Claimed> {
+    let tls = settings.tls(key)?;
+    let encrypted = tls.is_some();
+    let scheme = if encrypted { "https" } else { "http" };
     let http = Http::bind(&settings.address).await;
-    let http = http.with_context(|| format!("http on {}", settings.address))?;
-    let address = http.address();
+    let http = http.with_context(|| format!("{scheme} on {}", settings.address))?;
+    let http = match tls {
+        Some(tls) => http.encrypted(tls),
+        None => http,
+    };
+    let url = Url { address: http.address(), encrypted };
     ensure!(
-        address.ip().is_loopback() || insecure,
-        "http on {address}: it is not encrypted and asks nobody who he is; give a port of this \
-         machine only, behind a proxy, or --insecure"
+        encrypted || !url.is_open() || insecure,
+        "http on {}: it is not encrypted and asks nobody who he is; give --https in its place, a port of \
+         this machine only, behind a proxy, or --insecure",
+        url.address
     );
-    Ok(Claimed { http, within: settings.within })
+    Ok(Claimed { http, within: settings.within, url })
+}
+
+impl Settings {
+    /// What encrypts it.
+    fn tls(&self, key: Option<&ClusterKey>) -> Result<Option<Tls>> {
+        match (&self.encryption, key) {
+            (Encryption::None, _) => Ok(None),
+            (Encryption::Cluster, Some(key)) => Ok(Some(Tls::of_cluster(key).context("https")?)),
+            (Encryption::Cluster, None) => bail!(
+                "https on {}: it needs a certificate; give --key FILE, or --https-cert FILE and --https-key FILE",
+                self.address
+            ),
+            (Encryption::Own { certificate, private_key }, _) => {
+                let certificates = pem(certificate, |_| Ok(()))?;
+                let key = pem(private_key, |file| crate::key::check_hidden(file, private_key))?;
+                let of_files = || format!("{}: https", certificate.display());
+                Ok(Some(Tls::of_pem(&certificates, &key).with_context(of_files)?))
+            }
+        }
+    }
+}
+
+/// A file of certificates or of a key, once it has passed a check.
+fn pem(path: &Path, check: impl Fn(&File) -> Result<()>) -> Result<Vec<u8>> {
+    let read = || -> Result<Vec<u8>> {
+        let file = File::open(path)?;
+        check(&file)?;
+        let mut bytes = Vec::new();
+        file.take(MAX_PEM_BYTES).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    read().context("https").with_context(|| path.display().to_string())
+}
+
+/// Where HTTP is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Url {
+    /// The address, with its real port.
+    pub(super) address: SocketAddr,
+    encrypted: bool,
+}
+
+impl Url {
+    fn is_open(&self) -> bool {
+        !self.address.ip().is_loopback()
+    }
+
+    /// What is said of an address that others can reach.
+    pub(super) fn warning(&self) -> Option<String> {
+        let address = self.address;
+        self.is_open().then(|| match self.encrypted {
+            true => format!("https on {address} asks nobody who he is"),
+            false => format!("http on {address} is not encrypted, and asks nobody who he is"),
+        })
+    }
+}
+
+impl fmt::Display for Url {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let scheme = if self.encrypted { "https" } else { "http" };
+        write!(f, "{scheme}://{}", self.address)
+    }
 }
 
 impl Claimed {
-    /// The address, with its real port.
-    pub(super) fn address(&self) -> SocketAddr {
-        self.http.address()
+    /// Where it is answered.
+    pub(super) fn url(&self) -> Url {
+        self.url
     }
 
     /// Answers from now on.
@@ -119,12 +222,6 @@ fn picture(body: &Bytes, info: &ClusterInfo) -> Result<Vec<Tensor>, String> {
     read().map_err(|error| crate::terminal::one_line(&error))
 }
 
-/// What is said of an address that others can reach.
-pub(super) fn warning(address: SocketAddr) -> Option<String> {
-    let open = !address.ip().is_loopback();
-    open.then(|| format!("http on {address} is not encrypted, and asks nobody who he is"))
-}
-
 /// Runs `snn-run --local DIR --http ADDR`: serves until stopped.
 pub(super) async fn local(local: args::Local) -> Result<ExitCode> {
     let folder = local.folder.display().to_string();
@@ -165,7 +262,8 @@ mod tests {
     #[test]
     fn ranks_have_ports_in_a_row() {
         let of = |address: &str, rank| {
-            let settings = Settings { address: address.into(), within: Duration::ZERO };
+            let (within, encryption) = (Duration::ZERO, Encryption::None);
+            let settings = Settings { address: address.into(), within, encryption };
             settings.of_rank(rank).map(|settings| settings.address).map_err(|e| e.to_string())
         };
         assert_eq!(of("8000", 3), Ok("8003".into()));

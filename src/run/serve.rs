@@ -9,7 +9,6 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read as _;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -87,7 +86,7 @@ pub(super) enum Progress<'a> {
     /// It reaches its cluster through the router at this address, and cannot be connected to.
     Through(&'a str),
     /// HTTP will be answered at this address.
-    Http(SocketAddr),
+    Http(http::Url),
     /// These ranks are missing.
     Waiting(&'a BTreeSet<usize>),
     /// Everybody is there, or somebody stands in for them.
@@ -122,9 +121,9 @@ pub(super) async fn node(node: args::Node) -> Result<ExitCode> {
         Progress::Through(address) => {
             super::progress(format_args!("through the router at {address}"));
         }
-        Progress::Http(address) => {
-            super::progress(format_args!("http://{address}"));
-            if let Some(warning) = http::warning(address) {
+        Progress::Http(url) => {
+            super::progress(url);
+            if let Some(warning) = url.warning() {
                 super::progress(warning);
             }
         }
@@ -169,9 +168,10 @@ pub(super) async fn serve(
     let relay = Arc::new(Relay::new(nodes, rank));
     let mut http = match &setup.http {
         Some(settings) => {
-            let claimed = http::claim(settings, setup.open_http).await;
+            let key = setup.key.as_deref().map(crate::key::read).transpose()?;
+            let claimed = http::claim(settings, key.as_ref(), setup.open_http).await;
             let claimed = claimed.with_context(|| file.clone())?;
-            tell(Progress::Http(claimed.address()));
+            tell(Progress::Http(claimed.url()));
             Some(claimed.serve(Arc::clone(&relay) as Arc<_>))
         }
         None => None,
@@ -256,8 +256,6 @@ async fn start(
     let engines = Arc::new(move || emulation::engine(threads, times));
     let Setup { takeover, trace, degrade, .. } = *setup;
     let options = ServerOptions { takeover, trace, degrade, link: slowed };
-    let server = Server::start(link, Arc::clone(knowledge), engines, options);
-    let server = server.await.context("load")?;
     if let Some(manifest) = manifest.filter(|_| setup.takeover) {
         for rank in knowledge.shelf().missing() {
             // A device may have been given its own shard only; peers have the others.
@@ -268,7 +266,7 @@ async fn start(
             }
         }
     }
-    Ok(server)
+    Server::start(link, Arc::clone(knowledge), engines, options).await.context("load")
 }
 
 /// Waits for the peers, then for a fault or a freeze, which is for ever on a sound cluster.

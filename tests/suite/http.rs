@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use snn::run::http::Settings;
+use snn::run::http::{Encryption, Settings};
 use snn::run::local::{LocalCluster, LocalOptions};
 use snn_compiler::Nodes;
 use snn_runtime::client::ClusterInfo;
@@ -456,7 +456,8 @@ fn net() -> Net {
 
 async fn processes(net: &Net) -> (LocalCluster, tempfile::TempDir) {
     let folder = folder(net, Some(&ring(net, 2, Dtype::F16)), Nodes::PerGroup);
-    let http = Some(Settings { address: "0".into(), within: PATIENCE });
+    let encryption = Encryption::None;
+    let http = Some(Settings { address: "0".into(), within: PATIENCE, encryption });
     let options = LocalOptions { http, trace: true, ..options() };
     (LocalCluster::start(folder.path(), options).await.unwrap(), folder)
 }

@@ -23,6 +23,7 @@ mod equality;
 mod faults;
 mod garbage;
 mod http;
+mod https;
 mod overlap;
 mod processes;
 mod render;

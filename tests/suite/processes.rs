@@ -249,7 +249,7 @@ fn http_beyond_this_machine_takes_the_users_word() {
     assert_eq!(refused.code(), Some(2));
     assert_eq!(said.lines().count(), 1, "{said}");
     assert!(said.contains(": http on 0.0.0.0:"), "{said}");
-    assert!(said.ends_with("asks nobody who he is; give a port of this machine only, behind a proxy, or --insecure\n"), "{said}");
+    assert!(said.ends_with("asks nobody who he is; give --https in its place, a port of this machine only, behind a proxy, or --insecure\n"), "{said}");
     let mut allowed = NodeProcess::start(&shard, &["--http", "0.0.0.0:0", "--insecure"]);
     assert!(allowed.line().starts_with("http://0.0.0.0:"));
     assert!(allowed.line().ends_with("is not encrypted, and asks nobody who he is"));

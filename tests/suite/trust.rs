@@ -169,7 +169,7 @@ fn keys_are_private_and_exposure_is_deliberate() {
 }
 
 /// Passes bytes on both ways between whoever connects and `to`, and keeps all of them.
-fn eavesdrop(to: &str) -> (String, Arc<Mutex<Vec<u8>>>) {
+pub(crate) fn eavesdrop(to: &str) -> (String, Arc<Mutex<Vec<u8>>>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let heard = Arc::new(Mutex::new(Vec::new()));

@@ -266,7 +266,7 @@ pub struct Description {
     pub name: String,
     /// Version of the software.
     pub software: String,
-    /// Where it serves HTTP, if it does.
+    /// URL at which it serves HTTP, if it does.
     pub http: Option<String>,
     /// Where it answers `snn-run infer`, if it does.
     pub front: Option<String>,

@@ -7,8 +7,8 @@
 //! sentence, with the status that fits; only what is no HTTP at all gets a bare 400. Dropping
 //! [`Http`], or what `serve` returns, ends every task.
 //!
-//! There is no encryption and nobody is asked who he is: an address beyond this machine is for a
-//! network that is trusted, or behind a proxy.
+//! With [`Tls`] it is HTTPS. Either way nobody is asked who he is: whoever reaches the address is
+//! answered.
 
 mod asker;
 mod classify;
@@ -17,19 +17,22 @@ pub mod oip;
 mod relay;
 mod routes;
 mod status;
+mod tls;
 
+use std::error::Error;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use axum::{Json, Router};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -39,6 +42,7 @@ pub use asker::{Asker, ClusterAsker, Own, Unanswered};
 pub use classify::Picture;
 pub use gate::Gate;
 pub use relay::Relay;
+pub use tls::{HANDSHAKE_WITHIN, Tls, TlsError};
 
 use crate::mailbox::MAX_REQUESTS;
 
@@ -114,6 +118,7 @@ impl Limits {
 pub struct Http {
     listener: TcpListener,
     address: SocketAddr,
+    tls: Option<Arc<Tls>>,
 }
 
 impl Http {
@@ -127,7 +132,12 @@ impl Http {
             Err(_) => TcpListener::bind(address).await?,
         };
         let address = listener.local_addr()?;
-        Ok(Http { listener, address })
+        Ok(Http { listener, address, tls: None })
+    }
+
+    /// The same, as HTTPS.
+    pub fn encrypted(self, tls: Tls) -> Http {
+        Http { tls: Some(Arc::new(tls)), ..self }
     }
 
     /// The address, with its real port.
@@ -149,23 +159,15 @@ impl Http {
         let mut connections = JoinSet::new();
         while let Some((stream, place)) = self.accept(&places, &stop).await {
             while connections.try_join_next().is_some() {}
-            let service = TowerToHyperService::new(router.clone());
-            let mut builder = http1::Builder::new();
-            builder
-                .timer(TokioTimer::new())
-                .header_read_timeout(head_within)
-                .max_header_size(MAX_HEAD)
-                .half_close(true);
-            let connection = builder.serve_connection(TokioIo::new(stream), service);
-            let stop = stop.clone();
+            let (router, tls, stop) = (router.clone(), self.tls.clone(), stop.clone());
             connections.spawn(async move {
-                tokio::pin!(connection);
-                let done = tokio::select! {
-                    done = connection.as_mut() => done,
-                    () = stop.cancelled() => {
-                        connection.as_mut().graceful_shutdown();
-                        connection.await
-                    }
+                let done = match tls {
+                    None => converse(stream, router, head_within, &stop).await,
+                    Some(tls) => match cancelled(&stop, tls.accept(stream)).await {
+                        Some(Ok(stream)) => converse(stream, router, head_within, &stop).await,
+                        Some(Err(error)) => Err(error.into()),
+                        None => Ok(()),
+                    },
                 };
                 if let Err(error) = done {
                     tracing::debug!(%error, "connection ended");
@@ -202,6 +204,32 @@ impl Http {
             }
         };
         cancelled(stop, next).await.flatten()
+    }
+}
+
+/// Answers over one connection until its end, or until the request at hand is answered once `stop` is
+/// cancelled.
+async fn converse(
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    router: Router,
+    head_within: Duration,
+    stop: &CancellationToken,
+) -> Result<(), Box<dyn Error + Send + Sync>> {
+    let mut builder = http1::Builder::new();
+    builder
+        .timer(TokioTimer::new())
+        .header_read_timeout(head_within)
+        .max_header_size(MAX_HEAD)
+        .half_close(true);
+    let service = TowerToHyperService::new(router);
+    let connection = builder.serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    tokio::select! {
+        done = connection.as_mut() => Ok(done?),
+        () = stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            Ok(connection.await?)
+        }
     }
 }
 

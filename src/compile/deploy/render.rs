@@ -169,10 +169,8 @@ fn command(
     name: impl Fn(usize) -> String,
 ) -> Vec<String> {
     let shard = format!("/shards/{}", bundle.manifest.nodes[rank].shard);
-    let (listen, http) = (format!("0.0.0.0:{PORT}"), format!("0.0.0.0:{HTTP_PORT}"));
-    // The container's own network is what its HTTP is open to.
-    let fixed =
-        ["snn-run", &shard, "--key", key, "--listen", &listen, "--http", &http, "--insecure"];
+    let (listen, https) = (format!("0.0.0.0:{PORT}"), format!("0.0.0.0:{HTTP_PORT}"));
+    let fixed = ["snn-run", &shard, "--key", key, "--listen", &listen, "--https", &https];
     let mut command: Vec<String> = fixed.iter().map(|&word| word.to_owned()).collect();
     command.extend_from_slice(settings);
     for other in (0..bundle.manifest.nodes.len()).filter(|&other| other != rank) {
@@ -188,7 +186,7 @@ fn compose(bundle: &Bundle, settings: &[String], image: &str) -> Result<(Vec<Ren
     let mut text = head(bundle);
     text.push_str(
         "# The key is read from cluster.key beside this file (snnc key new cluster.key).\n\
-         # Rank r serves HTTP on port 8000 + r of this machine.\n\
+         # Rank r serves HTTPS on port 8000 + r of this machine (snnc key authority cluster.key).\n\
          services:\n",
     );
     for rank in 0..bundle.manifest.nodes.len() {
@@ -234,7 +232,7 @@ fn k8s(bundle: &Bundle, settings: &[String], image: &str) -> (Vec<Rendered>, Str
     let _ = write!(
         text,
         "apiVersion: v1\nkind: Service\nmetadata:\n  name: snn\nspec:\n  \
-         selector: {{app: snn}}\n  ports:\n    - {{name: http, port: {HTTP_PORT}}}\n"
+         selector: {{app: snn}}\n  ports:\n    - {{name: https, port: {HTTP_PORT}}}\n"
     );
     for rank in 0..bundle.manifest.nodes.len() {
         let name = |rank: usize| format!("snn-node-{rank}");
@@ -293,10 +291,10 @@ spec:
             - {{containerPort: {PORT}}}
             - {{containerPort: {HTTP_PORT}}}
           readinessProbe:
-            httpGet: {{path: /v2/health/ready, port: {HTTP_PORT}}}
+            httpGet: {{path: /v2/health/ready, port: {HTTP_PORT}, scheme: HTTPS}}
             periodSeconds: 2
           livenessProbe:
-            httpGet: {{path: /v2/health/live, port: {HTTP_PORT}}}
+            httpGet: {{path: /v2/health/live, port: {HTTP_PORT}, scheme: HTTPS}}
             initialDelaySeconds: 30
             periodSeconds: 10
           resources:

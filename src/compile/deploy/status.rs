@@ -67,11 +67,14 @@ fn shown(place: &Place) -> impl Iterator<Item = &VersionState> {
         .filter(move |state| state.state != NodeState::Stopped || Some(&state.version) == current)
 }
 
-/// An address of an agent's own as others reach it.
+/// An address of an agent's own as others reach it, behind its scheme, where it has one.
 fn reachable(place: &Place, own: Option<&str>) -> String {
-    let port = own.and_then(|own| own.rsplit_once(':')).map(|(_, port)| port);
-    let host = place.remote.host();
-    port.map_or_else(|| "-".to_owned(), |port| format!("{host}:{port}"))
+    let Some((before, port)) = own.and_then(|own| own.rsplit_once(':')) else {
+        return "-".to_owned();
+    };
+    let scheme =
+        before.split_once("://").map_or(String::new(), |(scheme, _)| format!("{scheme}://"));
+    format!("{scheme}{}:{port}", place.remote.host())
 }
 
 fn table(places: &[Place]) -> String {
@@ -81,7 +84,9 @@ fn table(places: &[Place]) -> String {
     for place in places {
         let front = reachable(place, place.before.front.as_deref());
         let http = match &place.before.http {
-            Some(http) if http.starts_with("127.") => format!("{http} (there only)"),
+            Some(http) if http.contains("://127.") || http.contains("://[::1]") => {
+                format!("{http} (there only)")
+            }
             http => reachable(place, http.as_deref()),
         };
         let mut rows: Vec<[String; 3]> = shown(place)
