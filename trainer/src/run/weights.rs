@@ -142,7 +142,9 @@ impl Run<'_> {
         network: &Network,
     ) -> Result<(), TrainError> {
         let judged = network.inference();
-        calibrate(&judged, policy, &self.data.train, self.config.train.calibration);
+        let settings = &self.config.train;
+        let rng = rng(self.config.seed, "calibration", 0);
+        calibrate(&judged, policy, &self.data.train, settings, rng);
         let score = judge_all(&judged, policy, &self.data.validation, Stats::Stored)?;
         let (name, done) = (candidate.name.clone(), self.config.finetune.epochs);
         self.state.tuned.insert(name.clone(), judged.copy());
