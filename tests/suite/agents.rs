@@ -206,7 +206,7 @@ async fn two_who_deploy_at_once_are_kept_apart() {
     site.assert_answers(&net, &second(&net)).await;
 }
 
-fn get(address: SocketAddr, path: &str) -> String {
+pub(crate) fn get(address: SocketAddr, path: &str) -> String {
     let mut stream = connect(address);
     let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
     stream.get_mut().write_all(request.as_bytes()).unwrap();

@@ -17,11 +17,14 @@ use snn_runtime::key::ClusterKey;
 use snn_runtime::transport::zenoh::{Link, Options};
 use snn_schemas::Dtype;
 
+use crate::agents::get;
 use crate::cluster::PATIENCE;
 use crate::fixtures::{Net, residual};
 use crate::processes::{NodeProcess, SNN_RUN, children, kill};
 use crate::segment::{Segment, assert_answers};
-use crate::site::{Site, connect, first, infer, logits, net, second, text, versions, written};
+use crate::site::{
+    Device, Site, connect, first, infer, logits, net, second, text, versions, written,
+};
 use crate::trust::write_key;
 use crate::{array, image, reference, ring, split};
 
@@ -118,6 +121,10 @@ async fn a_version_is_replaced_without_a_failed_request() {
     let before = answers.load(Ordering::Relaxed);
     for split in [&two, &one, &two] {
         assert_eq!(site.deploy(split.path(), &[])["serves"], true);
+        // At once; a node may be slow to report, but not to all of them.
+        let is_ready =
+            |device: &Device| get(device.http, "/v2/health/ready").starts_with("HTTP/1.1 200 ");
+        assert!(site.devices.iter().any(is_ready));
         client.infer(vec![image(&net, 1)], PATIENCE).await.unwrap();
     }
     let meanwhile = answers.load(Ordering::Relaxed) - before;

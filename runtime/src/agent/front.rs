@@ -51,7 +51,10 @@ impl Backend {
     ) -> Result<Arc<Backend>, AskError> {
         let client = Client::connect(addresses, key, within).await?;
         let (info, reports) = (Arc::new(client.info().clone()), Mutex::default());
-        Ok(Arc::new(Backend { version, rank, settings, client, info, reports }))
+        let backend = Backend { version, rank, settings, client, info, reports };
+        // Who asks whether it is ready once it is current must not be told that all nodes are missing.
+        backend.ask_reports().await;
+        Ok(Arc::new(backend))
     }
 
     /// The version.
