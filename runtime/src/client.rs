@@ -89,7 +89,8 @@ impl Client {
     /// that node dies later, the others are connected to.
     ///
     /// # Errors
-    /// [`AskError::Connect`] when nobody listens there; [`AskError::NoEntry`] when a node is there,
+    /// [`AskError::Connect`] when nobody listens there; [`AskError::Strange`] when somebody else does;
+    /// [`AskError::NoEntry`] when a node is there,
     /// but its cluster's entry node is not.
     pub async fn connect(
         addresses: &[String],
@@ -111,7 +112,10 @@ impl Client {
         let opened = zenoh::open(client_config(&addresses, key)?);
         let session = match tokio::time::timeout(within.max(CONNECT_WITHIN), opened).await {
             Ok(Ok(session)) => session,
-            Ok(Err(error)) => return Err(AskError::Session { reason: one_line(&error) }),
+            Ok(Err(error)) => {
+                tracing::debug!(reason = one_line(&error), "session not opened");
+                return Err(AskError::Strange);
+            }
             Err(_) => return Err(AskError::NoAnswer { within }),
         };
         let deadline = Instant::now() + within;
@@ -300,14 +304,17 @@ pub enum AskError {
     /// Nobody to ask.
     #[error("no address of a node is given")]
     NoAddress,
-    /// The session cannot be opened, or has ended.
+    /// Somebody listens, but is no node, or has another key.
+    #[error("no node answers there, or none with the same key")]
+    Strange,
+    /// The session has ended.
     #[error("zenoh: {reason}")]
     Session {
         /// Zenoh's answer.
         reason: String,
     },
     /// The node is there, but not the one that answers.
-    #[error("the node knows of no entry node")]
+    #[error("nobody serves the model yet")]
     NoEntry,
     /// Nothing came in time.
     #[error("no answer within {} s", within.as_secs_f64())]

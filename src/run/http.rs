@@ -98,7 +98,10 @@ pub(super) async fn claim(
     let tls = settings.tls(key)?;
     let encrypted = tls.is_some();
     let scheme = if encrypted { "https" } else { "http" };
-    let http = Http::bind(&settings.address).await;
+    let place = &settings.address;
+    let port = place.rsplit_once(':').map_or(place.as_str(), |(_, port)| port);
+    ensure!(port.parse::<u16>().is_ok(), "{scheme} on {place}: expected PORT or HOST:PORT");
+    let http = Http::bind(place).await;
     let http = http.with_context(|| format!("{scheme} on {}", settings.address))?;
     let http = match tls {
         Some(tls) => http.encrypted(tls),
@@ -225,6 +228,9 @@ fn picture(body: &Bytes, info: &ClusterInfo) -> Result<Vec<Tensor>, String> {
 /// Runs `snn-run --local DIR --http ADDR`: serves until stopped.
 pub(super) async fn local(local: args::Local) -> Result<ExitCode> {
     let folder = local.folder.display().to_string();
+    if let Some(path) = &local.trace {
+        super::check_place(path).context("trace")?;
+    }
     let emulation = Emulation::new(local.device.as_ref(), local.link, local.threads)?;
     let options = LocalOptions {
         threads: local.threads,

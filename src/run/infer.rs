@@ -37,6 +37,10 @@ async fn run(infer: &args::Infer) -> Result<ExitCode> {
     let deadline = Instant::now() + infer.timeout;
     let left = || deadline.saturating_duration_since(Instant::now());
     let key = infer.key.as_deref().map(crate::key::read).transpose()?;
+    // What can be seen to be wrong is said before anybody is asked.
+    let found = std::fs::metadata(&infer.input);
+    found.context("input").with_context(|| infer.input.display().to_string())?;
+    infer.output.as_deref().map(super::check_place).transpose().context("output")?;
     let connected = Client::connect(&infer.node, key.as_ref(), left()).await;
     let client = connected.context("connect").with_context(node)?;
     let info = client.info();

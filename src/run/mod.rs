@@ -20,9 +20,10 @@ mod trace;
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal as _, Write as _};
+use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use tracing_subscriber::EnvFilter;
 
 use crate::terminal;
@@ -88,6 +89,15 @@ pub(crate) fn block_on<T>(task: impl Future<Output = Result<T>>) -> Result<T> {
         .build()
         .context("start")?;
     runtime.block_on(task)
+}
+
+/// Refuses a place for a file that could not be written once there is something to write.
+fn check_place(path: &Path) -> Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let name = path.display();
+    ensure!(folder.is_none_or(Path::is_dir), "{name}: there is no such folder");
+    ensure!(!path.is_dir(), "{name}: it is a folder");
+    Ok(())
 }
 
 /// Writes a line to standard output.

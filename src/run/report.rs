@@ -63,6 +63,9 @@ async fn run(local: &args::Local) -> Result<ExitCode> {
     // Whatever can be wrong with the files is found before anything is started.
     let requests = requests(local)?;
     let reference = local.check.as_deref().map(read_reference).transpose()?;
+    for (path, what) in [(&local.output, "output"), (&local.trace, "trace")] {
+        path.as_deref().map(super::check_place).transpose().context(what)?;
+    }
     let trace = local.trace.is_some();
     let emulation = Emulation::new(local.device.as_ref(), local.link, local.threads)?;
     let options =

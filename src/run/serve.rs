@@ -97,6 +97,9 @@ pub(super) enum Progress<'a> {
 
 /// Runs `snn-run SHARD.onnx`.
 pub(super) async fn node(node: args::Node) -> Result<ExitCode> {
+    if let Some(path) = &node.trace {
+        super::check_place(path).context("trace")?;
+    }
     let emulation = Emulation::new(node.device.as_ref(), node.link, node.threads)?;
     let setup = Setup {
         emulation,
@@ -246,7 +249,7 @@ async fn start(
     let folder = setup.shard.parent().unwrap_or(Path::new(""));
     let manifest = beside(folder, shard).context("addresses")?;
     let options = options(setup, shard, manifest.as_ref())?;
-    let link = Link::open(&options).await.context("listen")?;
+    let link = Link::open(&options).await?;
     match setup.through_router {
         true => tell(Progress::Through(link.address())),
         false => tell(Progress::Listening(link.address())),

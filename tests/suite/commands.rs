@@ -119,14 +119,48 @@ fn shards_of_two_splits_in_one_folder_are_refused() {
 
 #[test]
 fn nobody_to_ask_is_an_error() {
-    let output = Command::new(env!("CARGO_BIN_EXE_snn-run"))
-        .args(["infer", "--node", "127.0.0.1:1", "x.npy", "--timeout", "2"])
-        .output()
-        .unwrap();
-    let said = text(&output.stderr);
-    let expected = "snn-run: 127.0.0.1:1: connect: nobody listens on tcp/127.0.0.1:1: ";
-    assert!(said.starts_with(expected), "{said}");
-    assert_eq!((said.lines().count(), output.status.code()), (1, Some(2)));
+    let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+    let nobody = "127.0.0.1:1: connect: nobody listens on tcp/127.0.0.1:1: ";
+    for (input, expected) in [(manifest, nobody), ("x.npy", "x.npy: input: No such file")] {
+        let output = Command::new(env!("CARGO_BIN_EXE_snn-run"))
+            .args(["infer", "--node", "127.0.0.1:1", input, "--timeout", "2"])
+            .output()
+            .unwrap();
+        let said = text(&output.stderr);
+        assert!(said.starts_with(&format!("snn-run: {expected}")), "{said}");
+        assert_eq!((said.lines().count(), output.status.code()), (1, Some(2)));
+    }
+}
+
+#[test]
+fn what_could_not_be_written_is_refused_before_anything_runs() {
+    let folder = cluster();
+    let name = folder.path().display().to_string();
+    for (option, path, expected) in [
+        ("--output", "/nonexistent/y.npy", "output: /nonexistent/y.npy: there is no such folder"),
+        ("--trace", &name, &format!("trace: {name}: it is a folder")),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_snn-run"));
+        let output = command.args(["--local", &name, option, path]).output().unwrap();
+        assert_eq!(text(&output.stderr), format!("snn-run: {expected}\n"));
+        assert_eq!((output.stdout.len(), output.status.code()), (0, Some(2)));
+    }
+}
+
+#[test]
+fn an_address_that_is_none_is_named() {
+    let folder = cluster();
+    let shard = folder.path().join("shard_0.onnx");
+    for (option, address, expected) in [
+        ("--listen", "nonsense", "address \"nonsense\", expected tcp/HOST:PORT or HOST:PORT"),
+        ("--peer", "nonsense", "address \"nonsense\", expected tcp/HOST:PORT or HOST:PORT"),
+        ("--http", "70000", "http on 70000: expected PORT or HOST:PORT"),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_snn-run"));
+        let output = command.arg(&shard).args([option, address]).output().unwrap();
+        let expected = format!("snn-run: {}: {expected}\n", shard.display());
+        assert_eq!((text(&output.stderr), output.status.code()), (expected, Some(2)));
+    }
 }
 
 #[test]

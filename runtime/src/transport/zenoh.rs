@@ -222,9 +222,9 @@ impl Link {
         options: &Options,
         more: &[(&'static str, &str)],
     ) -> Result<Link, LinkError> {
-        options.check()?;
         let key = options.key.as_ref();
         let listen = parse_address(&options.listen, key)?;
+        options.check()?;
         let peers: Vec<String> =
             options.peers.iter().map(|peer| parse_address(peer, key)).collect::<Result<_, _>>()?;
         let mut last = String::new();
