@@ -11,9 +11,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use snn_runtime::key::{ClusterKey, MAX_KEY_BYTES};
 
-/// The rights of a file that only its owner and its group have.
+/// What all but the owner and the group of a file may do with it.
 const OTHERS: u32 = 0o007;
-/// The rights of a file that only its owner has.
+/// What all but the owner of a file may do with it.
 const OTHERS_AND_GROUP: u32 = 0o077;
 
 /// Reads a key file.

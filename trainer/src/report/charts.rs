@@ -64,8 +64,10 @@ impl Chart<'_> {
 
     fn draw_on(&self, svg: &mut String) -> Result<(), Box<dyn Error>> {
         let area = SVGBackend::with_string(svg, self.size).into_drawing_area();
-        let key = if self.curves.len() > 1 { KEY } else { 0 };
+        let several = self.curves.len() > 1;
+        let key = if several { KEY } else { 0 };
         let (plot, beside) = area.split_horizontally(self.size.0 as i32 - key);
+        let written = ("sans-serif", 12).into_text_style(&beside);
         let mut chart = ChartBuilder::on(&plot)
             .caption(self.title, ("sans-serif", if self.title.is_empty() { 1 } else { 15 }))
             .margin(8)
@@ -77,17 +79,12 @@ impl Chart<'_> {
         mesh.x_desc(self.axes.0).y_desc(self.axes.1).x_labels(6).y_labels(6);
         mesh.x_label_formatter(&tick).y_label_formatter(&tick);
         mesh.light_line_style(TRANSPARENT).bold_line_style(BLACK.mix(0.12)).draw()?;
-        for ((_, points), colour) in self.curves.iter().zip(COLOURS.iter().cycle()) {
+        let curves = self.curves.iter().zip(COLOURS.iter().cycle());
+        for (row, ((name, points), colour)) in curves.enumerate() {
             let style = ShapeStyle::from(colour).stroke_width(2);
             chart.draw_series(LineSeries::new(thin(points), style))?;
-        }
-        if self.curves.len() > 1 {
-            let written = ("sans-serif", 12).into_text_style(&beside);
-            for (row, ((name, _), colour)) in
-                self.curves.iter().zip(COLOURS.iter().cycle()).enumerate()
-            {
+            if several {
                 let y = 48 + 18 * row as i32;
-                let style = ShapeStyle::from(colour).stroke_width(2);
                 beside.draw(&PathElement::new([(0, y), (16, y)], style))?;
                 beside.draw(&Text::new(name.as_str(), (22, y - 5), written.clone()))?;
             }

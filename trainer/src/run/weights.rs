@@ -154,8 +154,7 @@ impl Run<'_> {
         };
         let unchanged = estimate(None)?;
         let changed = estimate(Some(rng(self.config.seed, "calibration", 0)))?;
-        let better = if changed.1.loss < unchanged.1.loss { changed } else { unchanged };
-        let (judged, score) = better;
+        let (judged, score) = if changed.1.loss < unchanged.1.loss { changed } else { unchanged };
         let (name, done) = (candidate.name.clone(), self.config.finetune.epochs);
         self.state.tuned.insert(name.clone(), judged.copy());
         self.state.ledger.tuned.insert(name.clone(), done);
