@@ -117,8 +117,14 @@ impl Devices {
         Ok(())
     }
 
-    pub(crate) fn restart(&mut self, rank: usize) -> Result<()> {
+    /// Starts a node again, and does not wait for it.
+    pub(crate) fn start_again(&mut self, rank: usize) -> Result<()> {
         self.processes[rank] = spawn(&self.lines[rank])?;
+        Ok(())
+    }
+
+    pub(crate) fn restart(&mut self, rank: usize) -> Result<()> {
+        self.start_again(rank)?;
         wait_ready(self.http[rank])
     }
 

@@ -5,6 +5,7 @@
 //!
 //! - `soak`: hours of requests; memory, descriptors and latency by the minute.
 //! - `takeover`: from the death of a node to the next answer, each rank in turn.
+//! - `returns`: what a node's death and its return cost those who ask meanwhile.
 //! - `clients`: many clients at once over HTTP; throughput, latency, who was turned away.
 //! - `watching`: throughput and processor time of a cluster that is watched, against the same when it is not.
 //!
@@ -16,6 +17,7 @@
 mod clients;
 mod devices;
 mod http;
+mod returns;
 mod soak;
 mod takeover;
 mod watching;
@@ -60,6 +62,12 @@ enum What {
         #[arg(long, default_value_t = 30)]
         rounds: usize,
     },
+    /// Deaths and returns
+    Returns {
+        /// How many
+        #[arg(long, default_value_t = 30)]
+        rounds: usize,
+    },
     /// Crowds
     Clients {
         /// How many at once
@@ -90,6 +98,7 @@ fn main() -> ExitCode {
     let done = Model::split(&model, &policy).and_then(|model| match what {
         What::Soak { minutes, rate } => soak::run(&model, minutes, rate),
         What::Takeover { rounds } => takeover::run(&model, rounds),
+        What::Returns { rounds } => returns::run(&model, rounds),
         What::Clients { count, seconds } => clients::run(&model, count, seconds),
         What::Watching { pairs, seconds } => watching::run(&model, pairs, seconds),
     });

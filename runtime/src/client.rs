@@ -12,6 +12,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use snn_schemas::manifest::Port;
 use snn_schemas::wire;
+use tokio::sync::mpsc;
 use zenoh::Session;
 use zenoh::query::{ConsolidationMode, QueryTarget};
 
@@ -29,6 +30,10 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 const TAKEOVER: Duration = Duration::from_secs(5);
 /// Pause before a question that nobody answered is asked again.
 const ASK_AGAIN: Duration = Duration::from_millis(50);
+/// How long nothing may be heard of a question before it is asked once more: whoever works on it says so
+/// more often than twice in that time ([`WORKING_EVERY`](crate::questions::WORKING_EVERY)). Then twice as
+/// long, and so on: silence may mean that the cluster has too much to do.
+const SILENCE: Duration = Duration::from_millis(600);
 /// What a question may take on the way, beyond the time given for its answer.
 const TRAVEL: Duration = Duration::from_millis(500);
 /// Largest question or answer that the process a client is connected to passes on packet by packet, in bytes.
@@ -36,6 +41,18 @@ const TRAVEL: Duration = Duration::from_millis(500);
 const PASSED_ON: usize = 256 << 10;
 /// Largest description or report accepted, in bytes: names of a thousand classes fit.
 const MAX_JSON: usize = 1 << 20;
+
+/// Key under which one process answers what is asked under `key`. Each has its own: where several answer
+/// under one and the same, and one of them stops, zenoh 1.10 forgets to take it off the routes it has worked
+/// out, and once that process dies questions are sent to nobody and end unanswered, at their deadline.
+pub(crate) fn own_key(key: &str, process: &str) -> String {
+    format!("{key}/{process}")
+}
+
+/// Key under which everybody is asked who answers under `key`.
+pub(crate) fn all_keys(key: &str) -> String {
+    format!("{key}/*")
+}
 
 /// Key under which the entry node describes its cluster.
 pub(crate) fn info_key(split: &str) -> String {
@@ -60,6 +77,11 @@ pub(crate) fn shard_key(split: &str, rank: &str) -> String {
 /// Key under which a node reports.
 pub(crate) fn report_key(split: &str, rank: usize) -> String {
     format!("snn/{}/report/{rank}", split_prefix(split))
+}
+
+/// Key under which all nodes are asked for their reports.
+pub(crate) fn all_reports_key(split: &str) -> String {
+    format!("snn/{}/report/*/*", split_prefix(split))
 }
 
 /// What a cluster takes and gives, as its entry node describes it.
@@ -121,7 +143,7 @@ impl Client {
         let deadline = Instant::now() + within;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let answers = ask(&session, "snn/*/info", Bytes::new(), left).await?;
+            let answers = ask(&session, "snn/*/info/*", Bytes::new(), left).await?;
             if let Some(json) = answers.into_iter().next() {
                 return Ok(Client { info: parse(&json)?, session });
             }
@@ -154,7 +176,7 @@ impl Client {
     /// # Errors
     /// A connection that has ended, or a report that cannot be read.
     pub async fn reports(&self, within: Duration) -> Result<Vec<NodeReport>, AskError> {
-        let key = format!("snn/{}/report/*", split_prefix(&self.info.split));
+        let key = all_reports_key(&self.info.split);
         let answers = ask(&self.session, &key, Bytes::new(), within).await?;
         let mut reports =
             answers.iter().map(parse).collect::<Result<Vec<NodeReport>, AskError>>()?;
@@ -215,17 +237,20 @@ impl Way {
     /// The key to ask under.
     async fn key(self, session: &Session, split: &str) -> String {
         match self {
-            Way::Straight => infer_key(split),
+            Way::Straight => all_keys(&infer_key(split)),
             // A router asks nobody, and passes on whatever it is given.
             Way::Door => match session.info().peers_zid().await.next() {
                 Some(process) => door_key(split, &process.to_string()),
-                None => infer_key(split),
+                None => all_keys(&infer_key(split)),
             },
         }
     }
 }
 
-/// Asks a cluster for one inference; asks again where its entry node dies meanwhile.
+/// Asks a cluster for one inference. Asks again where its entry node dies meanwhile, and where nothing is
+/// heard of the question for a while: it may have been sent to somebody who was about to die, or the answer
+/// lost on the way back. Whoever is asked twice answers the same, and the first answer counts; a refusal
+/// counts only once nobody else is working on the question.
 pub(crate) async fn infer(
     session: &Session,
     split: &str,
@@ -235,22 +260,86 @@ pub(crate) async fn infer(
 ) -> Result<Answer, AskError> {
     let question = wire::Infer { within, inputs }.encode();
     let deadline = Instant::now() + within + TAKEOVER;
+    let (hear, mut heard) = mpsc::unbounded_channel();
+    let (mut asked, mut silence, mut refusal) = (0, SILENCE, None);
     loop {
         let key = way.key(session, split).await;
-        // Where the entry node dies, the question ends without an answer, and another is asked.
         let left = deadline.saturating_duration_since(Instant::now());
-        let answers = ask(session, &key, question.clone(), left).await?;
-        if let Some(answer) = answers.into_iter().next() {
-            return match wire::Reply::decode(answer)? {
-                wire::Reply::Answer(answer) => Ok(answer),
-                wire::Reply::Failure(reason) => Err(AskError::Refused { reason }),
-            };
+        ask_once(session, &key, question.clone(), left, hear.clone()).await?;
+        asked += 1;
+        while asked > 0 {
+            // A question that has ended on its way has nothing more to say, and is not waited for.
+            let left = deadline.saturating_duration_since(Instant::now()) + TRAVEL;
+            match tokio::time::timeout(silence.min(left), heard.recv()).await {
+                Ok(Some(Heard::Reply(reply))) => match wire::Reply::decode(reply?)? {
+                    wire::Reply::Answer(answer) => return Ok(answer),
+                    wire::Reply::Failure(reason) => refusal = Some(reason),
+                    wire::Reply::Working => {}
+                },
+                Ok(Some(Heard::End)) => asked -= 1,
+                // Never closed: this function has a sender itself.
+                Ok(None) => break,
+                Err(_) => {
+                    tracing::debug!(?silence, "nothing is heard of a question");
+                    silence *= 2;
+                    break;
+                }
+            }
+        }
+        if let Some(reason) = refusal {
+            return Err(AskError::Refused { reason });
         }
         if Instant::now() + ASK_AGAIN >= deadline {
             return Err(AskError::NoAnswer { within });
         }
-        tokio::time::sleep(ASK_AGAIN).await;
+        if asked == 0 {
+            tokio::time::sleep(ASK_AGAIN).await;
+        }
     }
+}
+
+/// What is heard of a question.
+enum Heard {
+    /// Somebody's reply.
+    Reply(Result<Bytes, AskError>),
+    /// Everybody who was asked has answered, or is gone.
+    End,
+}
+
+/// Says [`Heard::End`] when it is dropped.
+struct Hearing(mpsc::UnboundedSender<Heard>);
+
+impl Drop for Hearing {
+    fn drop(&mut self) {
+        // Whoever asked may have its answer, and be gone.
+        let _ = self.0.send(Heard::End);
+    }
+}
+
+/// Asks everybody who answers under `key`, and tells `hear` of each reply, and of the end.
+async fn ask_once(
+    session: &Session,
+    key: &str,
+    question: Bytes,
+    within: Duration,
+    hear: mpsc::UnboundedSender<Heard>,
+) -> Result<(), AskError> {
+    let hearing = Hearing(hear);
+    let on_reply = move |reply: zenoh::query::Reply| {
+        // An error reply is zenoh's own, at the end of the time given: it is no answer.
+        if let Ok(sample) = reply.into_result() {
+            let reply = into_bytes(sample.payload()).ok_or(AskError::TooLarge);
+            let _ = hearing.0.send(Heard::Reply(reply));
+        }
+    };
+    let asked = session
+        .get(key)
+        .payload(question)
+        .target(QueryTarget::All)
+        .consolidation(ConsolidationMode::None)
+        .timeout(within + TRAVEL)
+        .callback(on_reply);
+    asked.await.map_err(|error| AskError::Session { reason: one_line(&error) })
 }
 
 /// Asks everybody who answers under `key`, and gathers their answers until all have answered.
@@ -337,4 +426,149 @@ pub enum AskError {
     /// An answer that is none.
     #[error("the answer cannot be read: {0}")]
     Wire(#[from] wire::WireError),
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::questions::{Questions, answer_questions, queryable, reply};
+    use crate::transport::zenoh::{Link, Options};
+
+    const SPLIT: &str = "0123456789abcdef";
+    /// Time given for an answer: what ends within less has not waited for it to pass.
+    const WITHIN: Duration = Duration::from_secs(20);
+    /// How long a machine with other work may take for what takes milliseconds.
+    const SOON: Duration = Duration::from_secs(5);
+
+    async fn link(peers: &[&Link]) -> Link {
+        let peers = peers.iter().map(|link| link.address().to_owned()).collect();
+        Link::open(&Options { peers, ..Options::default() }).await.unwrap()
+    }
+
+    async fn asked(link: &Link, name: &str) -> Questions {
+        queryable(link, &own_key(&infer_key(SPLIT), name)).await.unwrap()
+    }
+
+    fn answer_of(number: f32) -> wire::Answer {
+        let outputs = vec![Tensor::new(vec![1], vec![number]).unwrap()];
+        wire::Answer { outputs, degraded: false }
+    }
+
+    /// Answers every question in its own time; counts them.
+    fn answering(questions: Questions, number: f32, after: Duration) -> Arc<AtomicUsize> {
+        let count = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&count);
+        tokio::spawn(answer_questions(questions, move |_, _| {
+            counted.fetch_add(1, Ordering::Relaxed);
+            async move {
+                tokio::time::sleep(after).await;
+                Ok::<_, String>(answer_of(number))
+            }
+        }));
+        count
+    }
+
+    /// Keeps questions as somebody does to whom they are sent in vain; after so many answers.
+    fn losing(questions: Questions, lost: usize) {
+        tokio::spawn(async move {
+            let mut kept = Vec::new();
+            while let Ok(query) = questions.recv_async().await {
+                if kept.len() < lost {
+                    kept.push(query);
+                    continue;
+                }
+                let key = questions.key_expr().to_string();
+                reply(&query, key, wire::Reply::Answer(answer_of(2.0)).encode()).await;
+            }
+        });
+    }
+
+    async fn infer_through(link: &Link) -> (Result<f32, String>, Duration) {
+        let start = Instant::now();
+        let answer = infer(link.session(), SPLIT, Way::Straight, Vec::new(), WITHIN).await;
+        let answer = answer.map(|answer| answer.outputs[0].data()[0]);
+        (answer.map_err(|error| error.to_string()), start.elapsed())
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_question_that_is_lost_is_asked_again() {
+        let link = link(&[]).await;
+        losing(asked(&link, "a").await, 2);
+        let (answer, took) = infer_through(&link).await;
+        assert_eq!(answer, Ok(2.0));
+        assert!((3 * SILENCE..SOON).contains(&took), "{took:?}");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn the_first_answer_counts_where_another_is_lost() {
+        let link = link(&[]).await;
+        losing(asked(&link, "a").await, usize::MAX);
+        answering(asked(&link, "b").await, 3.0, Duration::ZERO);
+        let (answer, took) = infer_through(&link).await;
+        assert_eq!(answer, Ok(3.0));
+        assert!(took < SILENCE, "{took:?}");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn whoever_works_for_long_is_not_asked_again() {
+        let link = link(&[]).await;
+        let count = answering(asked(&link, "a").await, 4.0, 3 * SILENCE);
+        assert_eq!(infer_through(&link).await.0, Ok(4.0));
+        assert_eq!(count.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_refusal_counts_once_nobody_else_works() {
+        let link = link(&[]).await;
+        losing(asked(&link, "a").await, usize::MAX);
+        let refusing = asked(&link, "b").await;
+        tokio::spawn(answer_questions(refusing, |_, _| async { Err::<wire::Answer, _>("no") }));
+        let (answer, took) = infer_through(&link).await;
+        assert_eq!(answer, Err("no".to_owned()));
+        assert!(took < SOON, "{took:?}");
+        let slow = answering(asked(&link, "c").await, 5.0, 2 * SILENCE);
+        assert_eq!(infer_through(&link).await.0, Ok(5.0));
+        assert_eq!(slow.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn whoever_has_stopped_answering_and_dies_takes_no_question_along() {
+        let (home, guest) = (link(&[]).await, link(&[]).await);
+        let asker = link(&[&home, &guest]).await;
+        answering(asked(&home, "home").await, 1.0, Duration::ZERO);
+        let guests = asked(&guest, "guest").await;
+        let stop = tokio::spawn(answer_questions(guests, |_, _| async {
+            Ok::<_, String>(answer_of(1.0))
+        }));
+        let key = all_keys(&infer_key(SPLIT));
+        let question = wire::Infer { within: WITHIN, inputs: Vec::new() }.encode();
+        let answers = async || {
+            let start = Instant::now();
+            let answers = ask(asker.session(), &key, question.clone(), SOON).await.unwrap();
+            assert!(
+                start.elapsed() < SOON,
+                "{} answers after {:?}",
+                answers.len(),
+                start.elapsed()
+            );
+            answers.len()
+        };
+        let until = async |count: usize| {
+            let deadline = Instant::now() + SOON;
+            while answers().await != count {
+                assert!(Instant::now() < deadline);
+                tokio::time::sleep(ASK_AGAIN).await;
+            }
+        };
+        until(2).await;
+        stop.abort();
+        until(1).await;
+        guest.close().await.unwrap();
+        for _ in 0..20 {
+            assert_eq!(answers().await, 1);
+        }
+    }
 }

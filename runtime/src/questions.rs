@@ -3,7 +3,8 @@
 //! [`queryable`] takes a key and gives the [`Questions`] asked under it; [`answer_questions`] takes those
 //! for inferences and whatever infers, and answers each. A question that is too large, cannot be
 //! read, or comes while [`MAX_ASKED`] others are being answered is refused with a reason; others are
-//! unharmed. It ends with the link, or when it is dropped, and its answers with it.
+//! unharmed. Whoever waits longer for an answer is told every [`WORKING_EVERY`] that it is being worked on.
+//! It ends with the link, or when it is dropped, and its answers with it.
 
 use std::fmt::Display;
 use std::time::Duration;
@@ -19,6 +20,10 @@ use crate::transport::zenoh::{Link, LinkError, into_bytes, one_line, session_err
 
 /// Questions answered at once; each holds its input in memory until its answer is sent.
 pub const MAX_ASKED: usize = 64;
+
+/// How often those who wait are told that their question has arrived: answers of most networks take less,
+/// and nothing is said of them.
+pub(crate) const WORKING_EVERY: Duration = Duration::from_millis(250);
 
 pub(crate) type Questions = Queryable<FifoChannelHandler<Query>>;
 
@@ -54,14 +59,26 @@ pub(crate) async fn answer_questions<F, E>(
             };
             let answer = match question {
                 Ok(Infer { within, inputs }) => {
-                    let answer = infer(inputs, within.min(MAX_WITHIN)).await;
-                    answer.map_err(|error| error.to_string())
+                    let answer = infer(inputs, within.min(MAX_WITHIN));
+                    let answer = async { answer.await.map_err(|error| error.to_string()) };
+                    telling(&query, &key, answer).await
                 }
                 Err(reason) => Err(reason),
             };
             let answer = answer.map_or_else(Reply::Failure, Reply::Answer);
             reply(&query, key, answer.encode()).await;
         });
+    }
+}
+
+/// Waits for an answer, and tells whoever asked that it is being worked on.
+async fn telling<T>(query: &Query, key: &str, answer: impl Future<Output = T>) -> T {
+    tokio::pin!(answer);
+    loop {
+        match tokio::time::timeout(WORKING_EVERY, &mut answer).await {
+            Ok(answer) => return answer,
+            Err(_) => reply(query, key.to_owned(), Reply::Working.encode()).await,
+        }
     }
 }
 

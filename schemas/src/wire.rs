@@ -11,6 +11,7 @@
 //! | 3 | [`Infer`] | zero `u8`, zero `u16`, within `u32` ms, then tensors |
 //! | 4 | [`Reply::Answer`] | zero `u8`, flags `u16` (1: degraded), then tensors |
 //! | 5 | [`Reply::Failure`] | zero `u8`, zero `u16`, then the reason, UTF-8 |
+//! | 6 | [`Reply::Working`] | zero `u8`, zero `u16` |
 //!
 //! Tensors: their number `u16`, then each as rank `u16`, extents `u32`, elements `f32`.
 //!
@@ -41,6 +42,7 @@ const CANCEL: u8 = 2;
 const INFER: u8 = 3;
 const ANSWER: u8 = 4;
 const FAILURE: u8 = 5;
+const WORKING: u8 = 6;
 /// Bytes up to and with the kind, the byte and the two bytes that follow it.
 const PREFIX: usize = 8;
 /// Bytes a [`Cancel`] has beside its reason.
@@ -249,13 +251,16 @@ impl Infer {
     }
 }
 
-/// Kinds 4 and 5: what a cluster answers.
+/// Kinds 4 to 6: what a cluster answers.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reply {
     /// The model's outputs, in order.
     Answer(Answer),
     /// Why there are none, in one sentence.
     Failure(String),
+    /// The question has arrived, and its answer is being worked on: whoever hears nothing for a while
+    /// asks again.
+    Working,
 }
 
 /// The outputs of one inference.
@@ -284,6 +289,11 @@ impl Reply {
                 frame.extend_from_slice(reason.as_bytes());
                 frame.freeze()
             }
+            Reply::Working => {
+                let mut frame = BytesMut::with_capacity(PREFIX);
+                prefix(&mut frame, WORKING, 0, 0);
+                frame.freeze()
+            }
         }
     }
 
@@ -299,6 +309,7 @@ impl Reply {
                 Ok(Reply::Answer(Answer { outputs, degraded: flags & DEGRADED != 0 }))
             }
             FAILURE => read_reason(&bytes[PREFIX..]).map(Reply::Failure),
+            WORKING => Ok(Reply::Working),
             found => Err(WireError::Kind { found }),
         }
     }
@@ -545,6 +556,9 @@ mod tests {
         );
         let failure = Reply::Failure("late".into()).encode();
         assert_eq!(hex(&failure), "534e4e01050000006c617465");
+        let working = Reply::Working.encode();
+        assert_eq!(hex(&working), "534e4e0106000000");
+        assert_eq!(Reply::decode(working), Ok(Reply::Working));
     }
 
     #[test]
@@ -613,7 +627,7 @@ mod tests {
 
         #[test]
         fn any_bytes_give_a_frame_or_an_error(
-            kind in 0u8..7,
+            kind in 0u8..8,
             bytes in proptest::collection::vec(any::<u8>(), 0..200),
         ) {
             let mut frame = MAGIC.to_vec();

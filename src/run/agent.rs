@@ -28,7 +28,7 @@ pub(super) async fn agent(agent: args::Agent) -> Result<ExitCode> {
         given.clone().unwrap_or_else(|| format!("{host}:{port}"))
     };
     let claimed = match &agent.http {
-        Some(settings) => Some(http::claim(settings, key.as_ref(), agent.insecure).await?),
+        Some(settings) => Some(http::claim(settings, key.as_ref(), agent.insecure, true).await?),
         None => None,
     };
     let serve = Options {

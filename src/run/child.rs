@@ -224,6 +224,8 @@ fn serve_child(orders: &Orders) -> Result<()> {
         degrade: device.and_then(|device| device.degrade),
         http: orders.http.clone(),
         open_http: orders.insecure,
+        // A cluster on one machine has no key, and is not asked for HTTPS.
+        may_encrypt: false,
         trace: orders.trace,
         trace_file: None,
         through_router: false,

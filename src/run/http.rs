@@ -89,11 +89,12 @@ pub(super) struct Claimed {
 }
 
 /// Claims the address; one that others can reach only where nothing is said there in the clear, or the
-/// user's own word allows it.
+/// user's own word allows it. Where it is not allowed, `may_encrypt` says whether HTTPS could be asked for.
 pub(super) async fn claim(
     settings: &Settings,
     key: Option<&ClusterKey>,
     insecure: bool,
+    may_encrypt: bool,
 ) -> Result<Claimed> {
     let tls = settings.tls(key)?;
     let encrypted = tls.is_some();
@@ -108,9 +109,10 @@ pub(super) async fn claim(
         None => http,
     };
     let url = Url { address: http.address(), encrypted };
+    let encrypt = if may_encrypt { "--https in its place, " } else { "" };
     ensure!(
         encrypted || !url.is_open() || insecure,
-        "http on {}: it is not encrypted and asks nobody who he is; give --https in its place, a port of \
+        "http on {}: it is not encrypted and asks nobody who he is; give {encrypt}a port of \
          this machine only, behind a proxy, or --insecure",
         url.address
     );

@@ -68,6 +68,8 @@ pub(super) struct Setup {
     pub(super) http: Option<http::Settings>,
     /// Whether others than this machine may ask over HTTP.
     pub(super) open_http: bool,
+    /// Whether whoever started the node could have asked for HTTPS.
+    pub(super) may_encrypt: bool,
     /// Whether to record what happens when.
     pub(super) trace: bool,
     /// Where to write it at the end.
@@ -115,6 +117,7 @@ pub(super) async fn node(node: args::Node) -> Result<ExitCode> {
         degrade: node.degrade,
         http: node.http,
         open_http: node.insecure,
+        may_encrypt: true,
         trace: node.trace.is_some(),
         trace_file: node.trace,
         through_router: false,
@@ -172,7 +175,8 @@ pub(super) async fn serve(
     let mut http = match &setup.http {
         Some(settings) => {
             let key = setup.key.as_deref().map(crate::key::read).transpose()?;
-            let claimed = http::claim(settings, key.as_ref(), setup.open_http).await;
+            let (open, may_encrypt) = (setup.open_http, setup.may_encrypt);
+            let claimed = http::claim(settings, key.as_ref(), open, may_encrypt).await;
             let claimed = claimed.with_context(|| file.clone())?;
             tell(Progress::Http(claimed.url()));
             Some(claimed.serve(Arc::clone(&relay) as Arc<_>))

@@ -16,9 +16,8 @@ use crate::fixtures::{Net, residual};
 use crate::processes::{SNN_RUN, kill};
 use crate::{assert_close, image, policy, reference};
 
-/// Deadline of a request. More than the usual 2 s: tests share the machine, and a node that has come back
-/// may need a second handshake of 1.5 s.
-pub(crate) const WITHIN: Duration = Duration::from_secs(5);
+/// Deadline of a request: the usual one.
+pub(crate) const WITHIN: Duration = Duration::from_secs(2);
 /// What one takeover may add: noticing, loading, running again. Generous: tests share the machine.
 const TAKEOVER: Duration = Duration::from_secs(8);
 

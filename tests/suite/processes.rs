@@ -255,7 +255,13 @@ fn http_beyond_this_machine_takes_the_users_word() {
     assert!(allowed.line().ends_with("is not encrypted, and asks nobody who he is"));
     let mut local = Command::new(SNN_RUN);
     let local = local.arg("--local").arg(folder.path()).args(["--http", "0.0.0.0:0"]);
-    assert_eq!(local.output().unwrap().status.code(), Some(2));
+    let refused = local.output().unwrap();
+    assert_eq!(refused.status.code(), Some(2));
+    let said = String::from_utf8(refused.stderr).unwrap();
+    // HTTPS is none of its options.
+    let end =
+        "asks nobody who he is; give a port of this machine only, behind a proxy, or --insecure\n";
+    assert!(said.ends_with(end), "{said}");
 }
 
 #[test]

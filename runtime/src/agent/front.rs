@@ -13,7 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::wire::{Settings, Version};
-use crate::client::{AskError, Client, ClusterInfo, infer_key, info_key};
+use crate::client::{AskError, Client, ClusterInfo, infer_key, info_key, own_key};
 use crate::http::{Asker, Own, Unanswered};
 use crate::key::ClusterKey;
 use crate::questions::{answer_questions, queryable, reply};
@@ -229,8 +229,8 @@ impl Asker for Front {
 /// # Errors
 /// A link that has ended.
 pub async fn answer(link: Link, front: Arc<Front>) -> Result<(), LinkError> {
-    let about = queryable(&link, &info_key(FRONT)).await?;
-    let asked = queryable(&link, &infer_key(FRONT)).await?;
+    let about = queryable(&link, &own_key(&info_key(FRONT), &link.id())).await?;
+    let asked = queryable(&link, &own_key(&infer_key(FRONT), &link.id())).await?;
     let asks = Arc::clone(&front);
     tokio::join!(
         async {

@@ -13,10 +13,11 @@ use snn_schemas::metadata::ShardInfo;
 use tokio::sync::OnceCell;
 use zenoh::Session;
 
-use crate::client::{self, AskError, ClusterInfo, Way, ask, info_key, parse};
+use crate::client::{
+    self, AskError, ClusterInfo, Way, all_keys, all_reports_key, ask, info_key, parse,
+};
 use crate::node::NodeReport;
 use crate::transport::BoxFuture;
-use crate::transport::zenoh::split_prefix;
 use crate::watch::Event;
 use crate::{Answer, Tensor};
 
@@ -98,7 +99,7 @@ impl ClusterAsker {
 
     async fn ask_model(&self, within: Duration) -> Result<Arc<ClusterInfo>, Unanswered> {
         let found = self.info.get_or_try_init(|| async {
-            let key = info_key(&self.split);
+            let key = all_keys(&info_key(&self.split));
             let answers = ask(&self.session, &key, Bytes::new(), within).await?;
             let json = answers.first().ok_or(AskError::NoEntry)?;
             Ok::<_, AskError>(Arc::new(parse(json)?))
@@ -107,7 +108,7 @@ impl ClusterAsker {
     }
 
     async fn ask_reports(&self) -> Vec<NodeReport> {
-        let key = format!("snn/{}/report/*", split_prefix(&self.split));
+        let key = all_reports_key(&self.split);
         let answers =
             ask(&self.session, &key, Bytes::new(), REPORT_WITHIN).await.unwrap_or_default();
         let mut reports: Vec<NodeReport> =

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use snn_schemas::wire;
 
 use super::ServeError;
-use crate::client::{self, ClusterInfo, Way, infer_key, info_key, report_key};
+use crate::client::{self, ClusterInfo, Way, infer_key, info_key, own_key, report_key};
 use crate::node::{InferError, Node};
 use crate::questions::{Questions, answer_questions, queryable, reply};
 use crate::shard::Shard;
@@ -65,9 +65,10 @@ async fn try_answer(
     reruns: Reruns,
 ) -> Result<(), ServeError> {
     let info = shard.identity();
-    let reports = queryable(link, &report_key(&info.split, info.rank)).await?;
-    let times = queryable(link, &clock::clock_key(&info.split, info.rank)).await?;
-    let lanes = queryable(link, &clock::trace_key(&info.split, info.rank)).await?;
+    let own = |key: String| own_key(&key, &link.id());
+    let reports = queryable(link, &own(report_key(&info.split, info.rank))).await?;
+    let times = queryable(link, &own(clock::clock_key(&info.split, info.rank))).await?;
+    let lanes = queryable(link, &own(clock::trace_key(&info.split, info.rank))).await?;
     let watched = async {
         tokio::join!(
             answer_reports(reports, node),
@@ -87,8 +88,8 @@ async fn try_answer(
         metadata: shard.metadata().to_vec(),
     };
     let described = Bytes::from(serde_json::to_vec(&described)?);
-    let about = queryable(link, &info_key(&info.split)).await?;
-    let asked = queryable(link, &infer_key(&info.split)).await?;
+    let about = queryable(link, &own(info_key(&info.split))).await?;
+    let asked = queryable(link, &own(infer_key(&info.split))).await?;
     let asks = Arc::clone(node);
     let answered = answer_questions(asked, move |inputs, within| {
         let (node, reruns) = (Arc::clone(&asks), reruns.clone());

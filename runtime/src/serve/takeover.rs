@@ -4,12 +4,12 @@
 //! [`hosts`] gives this process, from the shards on its shelf. Nobody is stood in for before the cluster has
 //! been complete, as far as this process or any other knows.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::Process;
-use crate::membership::{Role, hosts};
+use crate::membership::{Homes, Role, hosts};
 use crate::shard::Shard;
 
 /// Pause before a rank that could not be taken over is tried again.
@@ -41,11 +41,17 @@ impl Process {
             return;
         }
         let own = self.link.id();
+        let mut computed = hosts(nodes, &members.borrow().homes);
         loop {
             let view = members.borrow_and_update().homes.clone();
             self.reruns.note_change();
-            let mine = hosts(nodes, &view).into_iter().filter(|(_, who)| who.contains(&own));
-            let wanted: BTreeSet<usize> = mine.map(|(rank, _)| rank).collect();
+            let now = hosts(nodes, &view);
+            for event in news(&computed, &now, &view) {
+                self.note(event);
+            }
+            computed = now;
+            let mine = computed.iter().filter(|(_, who)| who.contains(&own));
+            let wanted: BTreeSet<usize> = mine.map(|(&rank, _)| rank).collect();
             let held: BTreeSet<usize> = self.ranks().keys().copied().collect();
             for &rank in held.difference(&wanted).filter(|&&rank| rank != self.info.rank) {
                 tracing::info!(rank, "given back");
@@ -64,6 +70,7 @@ impl Process {
         }
     }
 
+    /// Begins to compute a rank whose own process is gone; whether that could be done.
     async fn take_over(&self, rank: usize) -> bool {
         let shard = self.shelf().get(rank).map(Shard::from_bytes);
         let Some(Ok(shard)) = shard else {
@@ -84,5 +91,43 @@ impl Process {
                 false
             }
         }
+    }
+}
+
+/// What has changed in who computes which rank, in one sentence a rank.
+fn news(before: &Hosts, now: &Hosts, homes: &Homes) -> Vec<String> {
+    let changed = now.iter().filter(|(rank, who)| before.get(rank) != Some(*who));
+    let event = |(rank, who): (&usize, &BTreeSet<String>)| {
+        let host = homes.iter().find(|(_, sessions)| !sessions.is_disjoint(who));
+        host.map(|(host, _)| match host == rank {
+            true => format!("rank {rank} is computed by its own node"),
+            false => format!("the node of rank {host} stands in for rank {rank}"),
+        })
+    };
+    changed.filter_map(event).collect()
+}
+
+/// The sessions that compute each rank.
+type Hosts = BTreeMap<usize, BTreeSet<String>>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn those_who_watch_are_told_who_computes_a_rank_now() {
+        let homes = |present: &[(usize, &str)]| -> Homes {
+            present.iter().map(|&(rank, session)| (rank, [session.to_owned()].into())).collect()
+        };
+        let (all, two) = (homes(&[(0, "a"), (1, "b"), (2, "c")]), homes(&[(0, "a"), (2, "c")]));
+        let of = |homes: &Homes| hosts(3, homes);
+        let died = news(&of(&all), &of(&two), &two);
+        assert_eq!(died, ["the node of rank 0 stands in for rank 1"]);
+        assert_eq!(news(&of(&two), &of(&all), &all), ["rank 1 is computed by its own node"]);
+        assert!(news(&of(&all), &of(&all), &all).is_empty());
+        let one = homes(&[(2, "c")]);
+        let both =
+            ["the node of rank 2 stands in for rank 0", "the node of rank 2 stands in for rank 1"];
+        assert_eq!(news(&of(&two), &of(&one), &one), both);
     }
 }

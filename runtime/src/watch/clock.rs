@@ -11,7 +11,7 @@ use zenoh::Session;
 
 use super::recorder::Lane;
 use super::trace::Aligned;
-use crate::client::{AskError, ask};
+use crate::client::{AskError, all_keys, ask};
 use crate::node::Node;
 use crate::transport::zenoh::split_prefix;
 
@@ -51,11 +51,13 @@ pub(crate) async fn gather(
     let epoch = Instant::now();
     let mut lanes = Vec::with_capacity(nodes);
     for rank in 0..nodes {
-        let Some((offset, uncertainty)) = compare(session, &clock_key(split, rank), epoch).await?
+        let Some((offset, uncertainty)) =
+            compare(session, &all_keys(&clock_key(split, rank)), epoch).await?
         else {
             continue;
         };
-        let answers = ask(session, &trace_key(split, rank), Bytes::new(), within).await?;
+        let key = all_keys(&trace_key(split, rank));
+        let answers = ask(session, &key, Bytes::new(), within).await?;
         if let Some(answer) = answers.first() {
             let lane: Lane = serde_json::from_slice(answer).map_err(AskError::Json)?;
             lanes.push(Aligned { lane, offset, uncertainty });
