@@ -16,8 +16,9 @@ use crate::fixtures::{Net, residual};
 use crate::processes::{SNN_RUN, kill};
 use crate::{assert_close, image, policy, reference};
 
-/// Deadline of a request: the usual one.
-pub(crate) const WITHIN: Duration = Duration::from_secs(2);
+/// Deadline of a request. More than the usual 2 s: tests share the machine, and with 2 s a request of one
+/// run in some forty had no answer in time, beside a benchmark.
+pub(crate) const WITHIN: Duration = Duration::from_secs(5);
 /// What one takeover may add: noticing, loading, running again. Generous: tests share the machine.
 const TAKEOVER: Duration = Duration::from_secs(8);
 
