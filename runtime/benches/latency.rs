@@ -39,8 +39,8 @@ fn infer(
             }
             Step::Send(crossing) => {
                 sent.clear();
-                let done = executor.send(job, crossing.slot, crossing.codec, &mut sent);
-                done.expect("a tensor to send");
+                let tensor = executor.send(job, crossing.slot).expect("a tensor to send");
+                tensor.put(crossing.codec, &mut sent).expect("what the codec takes");
             }
         }
     }

@@ -29,6 +29,7 @@ use tract_onnx::prelude::*;
 use tract_onnx::tract_core::internal::TractErrorContext as _;
 
 use self::builder::Builder;
+pub(crate) use self::facts::elements;
 pub(crate) use self::held::hold;
 pub(crate) use self::memory::{Memory, Results};
 use crate::kernels::{Isa, Workers};
@@ -47,22 +48,31 @@ pub(crate) struct Fusion {
 /// Which tensors at a model's edge are blocked: their channels, or `None`.
 pub(crate) type Edges = Vec<Option<usize>>;
 
-/// Fuses `model`, whose inputs `inputs` are blocked; gives the new model and which of its outputs are
-/// blocked, among those for which `free` says that they may be.
+/// What a model's surroundings are to its inputs and outputs.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Around<'a> {
+    /// Which inputs are blocked; those that are not named are not.
+    pub blocked: &'a [Option<usize>],
+    /// Which inputs nobody reads after the model: their memory may become a result's.
+    pub ending: &'a [bool],
+    /// Which outputs may be blocked.
+    pub free: &'a [bool],
+}
+
+/// Fuses `model`; gives the new model and which of its outputs are blocked.
 ///
 /// # Errors
 /// What tract says of the new model.
 pub(crate) fn fuse(
     model: &TypedModel,
     fusion: &Fusion,
-    inputs: &Edges,
-    free: &[bool],
+    around: &Around<'_>,
 ) -> TractResult<(TypedModel, Edges)> {
     let order = model.eval_order()?;
     let mut builder = Builder::new(model, fusion, &order);
-    builder.sources(inputs)?;
+    builder.sources(around.blocked)?;
     for &id in &order {
         builder.translate(id).with_context(|| format!("fusing {}", model.node(id)))?;
     }
-    builder.finish(free)
+    builder.finish(around)
 }

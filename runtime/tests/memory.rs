@@ -157,7 +157,7 @@ fn run(
                 executor.receive(job, crossing.slot, crossing.codec, payload).unwrap();
             }
             Step::Send(crossing) => {
-                executor.send(job, crossing.slot, crossing.codec, sent).unwrap();
+                executor.send(job, crossing.slot).unwrap().put(crossing.codec, sent).unwrap();
             }
         }
         *allocations = region.change().allocations + region.change().reallocations;

@@ -3,10 +3,13 @@
 //! An [`Engine`] loads a [`Program`] and gives an [`Executor`], which holds the memory of every
 //! request in progress. Between its segments a tensor stays there in whatever form the engine likes;
 //! only what travels, enters or leaves is written and read: as plain little-endian elements, or, to and
-//! from other nodes, as the transfer's codec says. An executor lives on one thread.
+//! from other nodes, as the transfer's codec says. An executor lives on one thread; what leaves is given
+//! out as a tensor of its own, which any thread may encode.
 
 pub mod slowed;
 pub mod tract;
+
+use std::sync::Arc;
 
 use bytes::BytesMut;
 
@@ -65,17 +68,11 @@ pub trait Executor {
     /// What the engine says.
     fn compute(&mut self, job: Job, segment: usize) -> Result<(), EngineError>;
 
-    /// Appends a tensor as `codec` writes it for another node.
+    /// A tensor for another node. The slot may be empty afterwards, where nobody else reads it.
     ///
     /// # Errors
     /// The slot is empty.
-    fn send(
-        &mut self,
-        job: Job,
-        slot: Slot,
-        codec: Codec,
-        into: &mut BytesMut,
-    ) -> Result<(), EngineError>;
+    fn send(&mut self, job: Job, slot: Slot) -> Result<Arc<dyn Outgoing>, EngineError>;
 
     /// Appends a tensor's elements, row-major and little-endian.
     ///
@@ -88,6 +85,21 @@ pub trait Executor {
     /// # Errors
     /// The slot is empty.
     fn shape(&self, job: Job, slot: Slot) -> Result<Vec<usize>, EngineError>;
+}
+
+/// A tensor on its way to another node: it outlives its request, and any thread may encode it.
+pub trait Outgoing: Send + Sync {
+    /// Appends the tensor as `codec` writes it.
+    ///
+    /// # Errors
+    /// Its elements are not of a type that `codec` takes.
+    fn put(&self, codec: Codec, into: &mut BytesMut) -> Result<(), String>;
+
+    /// Its elements.
+    ///
+    /// # Errors
+    /// They are not f32.
+    fn numbers(&self) -> Result<&[f32], String>;
 }
 
 /// Why a segment cannot be loaded or computed.

@@ -8,12 +8,13 @@
 //! become one many times as long; against the least time, the sleep absorbs it. A sleep from which the thread
 //! is woken late, because others had the cores, shortens the next one: a device's own core would have gone on.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use snn_schemas::Codec;
 
-use super::{Engine, EngineError, Executor, Job};
+use super::{Engine, EngineError, Executor, Job, Outgoing};
 use crate::pause;
 use crate::shard::{Program, Slot, Step};
 
@@ -155,17 +156,8 @@ impl Executor for SlowedExecutor {
         done
     }
 
-    fn send(
-        &mut self,
-        job: Job,
-        slot: Slot,
-        codec: Codec,
-        into: &mut BytesMut,
-    ) -> Result<(), EngineError> {
-        let start = Instant::now();
-        let done = self.inner.send(job, slot, codec, into);
-        self.late.codec += start.elapsed();
-        done
+    fn send(&mut self, job: Job, slot: Slot) -> Result<Arc<dyn Outgoing>, EngineError> {
+        self.inner.send(job, slot)
     }
 
     fn compute(&mut self, job: Job, segment: usize) -> Result<(), EngineError> {

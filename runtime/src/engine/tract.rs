@@ -21,8 +21,8 @@ use tract_onnx::tract_core::internal::TractErrorContext as _;
 use tract_onnx::tract_core::plan::SimpleState;
 use tract_onnx::tract_core::runtime::RunOptions;
 
-use super::{Engine, EngineError, Executor, Job};
-use crate::fuse::{self, Edges, Fusion, Memory, Results};
+use super::{Engine, EngineError, Executor, Job, Outgoing};
+use crate::fuse::{self, Around, Edges, Fusion, Memory, Results, elements};
 use crate::kernels::{Alone, Isa, Workers};
 use crate::shard::{Program, Segment, Slot, SlotInfo, Step};
 
@@ -78,21 +78,16 @@ impl TractEngine {
     }
 
     /// A segment's plan, and which of its outputs are blocked.
-    fn plan(
-        &self,
-        segment: &Segment,
-        inputs: &Edges,
-        free: &[bool],
-    ) -> TractResult<(State, Edges)> {
+    fn plan(&self, segment: &Segment, around: &Around<'_>) -> TractResult<(State, Edges)> {
         let bytes = segment.model.encode_to_vec();
         let framework =
             tract_onnx::onnx().with_ignore_output_types(true).with_ignore_output_shapes(true);
         let mut model = framework.model_for_read(&mut bytes.as_slice())?.into_typed()?;
         let mut outputs = vec![None; segment.outputs.len()];
         if let Some(fusion) = &self.fusion {
-            fuse::hold(&mut model);
+            fuse::hold(&mut model)?;
             model.declutter()?;
-            (model, outputs) = fuse::fuse(&model, fusion, inputs, free)?;
+            (model, outputs) = fuse::fuse(&model, fusion, around)?;
         }
         let plan = model.into_optimized()?.into_runnable_with_options(&self.options)?;
         Ok((SimpleState::new(&plan)?, outputs))
@@ -135,6 +130,7 @@ impl Engine for TractEngine {
     fn load(&mut self, program: &Program) -> Result<Box<dyn Executor>, EngineError> {
         let mut segments = Vec::with_capacity(program.segments.len());
         let (engine, private) = (self.with_own_memory(), private(program));
+        let ends = Ends::of(program);
         let mut blocked: BTreeMap<Slot, usize> = BTreeMap::new();
         for (index, segment) in program.segments.iter().enumerate() {
             // tract may panic on a model that makes no sense; that is one more unusable model.
@@ -142,7 +138,10 @@ impl Engine for TractEngine {
                 segment.inputs.iter().map(|slot| blocked.get(slot).copied()).collect();
             let free: Vec<bool> =
                 segment.outputs.iter().map(|slot| private.contains(slot)).collect();
-            let guarded = std::panic::AssertUnwindSafe(|| engine.plan(segment, &edges, &free));
+            let last = |slot: &Slot| ends.segments[index].contains(slot);
+            let ending: Vec<bool> = segment.inputs.iter().map(last).collect();
+            let around = Around { blocked: &edges, ending: &ending, free: &free };
+            let guarded = std::panic::AssertUnwindSafe(|| engine.plan(segment, &around));
             let (state, edges) = std::panic::catch_unwind(guarded)
                 .unwrap_or_else(|_| Err(TractError::msg("the model makes no sense")))
                 .map_err(|error| EngineError::Load { segment: index, reason: one_line(&error) })?;
@@ -153,7 +152,7 @@ impl Engine for TractEngine {
             segments.push(Plan { state, inputs, outputs });
         }
         check_edges(program, &segments)?;
-        let (program, ends) = (program.clone(), Ends::of(program));
+        let program = program.clone();
         let memory = engine.fusion.map(|fusion| fusion.memory).unwrap_or_default();
         let arriving = program.slots.iter().map(|info| arriving(info, &memory)).collect();
         let (jobs, free) = (vec![], vec![]);
@@ -320,34 +319,30 @@ impl Executor for TractExecutor {
         Ok(())
     }
 
-    fn send(
-        &mut self,
-        job: Job,
-        slot: Slot,
-        codec: Codec,
-        into: &mut BytesMut,
-    ) -> Result<(), EngineError> {
-        let value = self.value(job, slot)?;
-        match codec.largest() {
-            None => codec.put_elements(value.as_bytes(), into),
-            Some(_) => {
-                let plain = value.try_as_plain_ram();
-                let numbers = plain
-                    .as_ref()
-                    .map_err(one_line)
-                    .and_then(|plain| plain.as_slice::<f32>().map_err(|error| one_line(&error)));
-                let numbers = numbers.map_err(|reason| self.wrong(slot, reason))?;
-                codec.put_numbers(numbers, Codec::run(value.shape()), into);
-            }
-        }
+    fn send(&mut self, job: Job, slot: Slot) -> Result<Arc<dyn Outgoing>, EngineError> {
+        let value = self.value(job, slot)?.clone();
         if self.ends.sends.contains(&slot) {
             self.jobs[job.0][slot.0] = None;
         }
-        Ok(())
+        Ok(value.into_arc_tensor())
     }
 
     fn shape(&self, job: Job, slot: Slot) -> Result<Vec<usize>, EngineError> {
         Ok(self.value(job, slot)?.shape().to_vec())
+    }
+}
+
+impl Outgoing for Tensor {
+    fn put(&self, codec: Codec, into: &mut BytesMut) -> Result<(), String> {
+        match codec.largest() {
+            None => codec.put_elements(self.as_bytes(), into),
+            Some(_) => codec.put_numbers(self.numbers()?, Codec::run(self.shape()), into),
+        }
+        Ok(())
+    }
+
+    fn numbers(&self) -> Result<&[f32], String> {
+        elements(self).map_err(|error| one_line(&error))
     }
 }
 

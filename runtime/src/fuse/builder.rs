@@ -16,7 +16,7 @@ use super::memory::Results;
 use super::ops::{Compute, ToBlocks, ToPlanes};
 use super::run::{Run, join};
 use super::sum::Addition;
-use super::{Edges, Fusion};
+use super::{Around, Edges, Fusion};
 use crate::kernels::Halo;
 
 /// Where a tensor of the old model is in the new one: planar, blocked or both.
@@ -148,11 +148,11 @@ impl<'a> Builder<'a> {
     ///
     /// # Errors
     /// What tract says of them.
-    pub(super) fn sources(&mut self, inputs: &Edges) -> TractResult<()> {
+    pub(super) fn sources(&mut self, blocked: &[Option<usize>]) -> TractResult<()> {
         for (at, &outlet) in self.old.inputs.iter().enumerate() {
             let fact = self.old.outlet_fact(outlet)?;
             let name = self.old.node(outlet.node).name.clone();
-            let channels = inputs.get(at).copied().flatten();
+            let channels = blocked.get(at).copied().flatten();
             let place = match (channels, concrete(fact)) {
                 (Some(channels), Some(shape)) => {
                     let fact = f32::fact(&*self.blocked_shape(&shape));
@@ -278,13 +278,14 @@ impl<'a> Builder<'a> {
         place.blocked.is_some() && place.planar.is_none()
     }
 
-    pub(super) fn finish(mut self, free: &[bool]) -> TractResult<(TypedModel, Edges)> {
+    pub(super) fn finish(mut self, around: &Around<'_>) -> TractResult<(TypedModel, Edges)> {
         let mut outputs = Vec::new();
-        let mut edges = Vec::new();
+        let mut blocked = Vec::new();
         for (at, &outlet) in self.old.outputs.iter().enumerate() {
             let channels = self.place(outlet).blocked.map(|blocked| blocked.channels);
-            let stays = free.get(at).is_some_and(|&free| free) && self.is_only_blocked(outlet);
-            edges.push(channels.filter(|_| stays));
+            let stays =
+                around.free.get(at).is_some_and(|&free| free) && self.is_only_blocked(outlet);
+            blocked.push(channels.filter(|_| stays));
             outputs.push(match stays {
                 true => self.blocked(outlet)?,
                 false => self.planar(outlet)?,
@@ -292,7 +293,7 @@ impl<'a> Builder<'a> {
         }
         self.new.select_output_outlets(&outputs)?;
         self.new.declutter()?;
-        Ok((join(&self.new, self.fusion)?, edges))
+        Ok((join(&self.new, self.fusion, around.ending)?, blocked))
     }
 }
 

@@ -8,6 +8,7 @@ use std::collections::HashSet;
 
 use tract_onnx::prelude::*;
 use tract_onnx::tract_core::ops::binary::TypedBinOp;
+use tract_onnx::tract_core::ops::cnn::Conv as TractConv;
 use tract_onnx::tract_core::ops::element_wise::ElementWiseOp;
 use tract_onnx::tract_core::ops::math::{Add, Div, Max, Min, Mul, Sub};
 use tract_onnx::tract_core::ops::nn::{HardSwish, LeakyRelu};
@@ -36,7 +37,7 @@ pub(super) struct Chain {
 impl Chain {
     /// A held convolution whose weights are known.
     pub(super) fn at(model: &TypedModel, node: &TypedNode) -> Option<Chain> {
-        let held = node.op_as::<Held>()?;
+        let held = node.op_as::<Held<TractConv>>()?;
         let facts = model.node_input_facts(node.id).ok()?;
         let weights = facts[1].konst.as_ref()?;
         let bias = facts[2].konst.as_ref()?;

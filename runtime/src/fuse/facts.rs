@@ -6,7 +6,7 @@ use tract_onnx::prelude::*;
 ///
 /// # Errors
 /// It is of another type.
-pub(super) fn elements<T: Datum>(tensor: &Tensor) -> TractResult<&[T]> {
+pub(crate) fn elements<T: Datum>(tensor: &Tensor) -> TractResult<&[T]> {
     tensor.try_as_plain_ram()?.as_slice::<T>()
 }
 

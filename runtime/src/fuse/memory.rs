@@ -10,6 +10,7 @@ use std::fmt::{self, Debug};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tract_onnx::prelude::*;
+use tract_onnx::tract_core::internal::{TractErrorContext as _, ensure};
 
 use crate::kernels::{Aligned, Halo};
 
@@ -109,6 +110,34 @@ impl Results {
             Some(at) => Ok(shelf.swap_remove(at)),
             None => Ok(Arc::new(Tensor::zero_dt(self.datum, &self.shape)?)),
         }
+    }
+
+    /// The tensor that a value is, for its only holder to write to; a copy where others hold it, too.
+    ///
+    /// # Errors
+    /// It is of another type or size, or what tract says of a new one.
+    pub(super) fn claim(&self, value: TValue) -> TractResult<Arc<Tensor>> {
+        let mut tensor = value.into_arc_tensor();
+        let mut shelf = lock(&self.shelf);
+        if let Some(at) = shelf.iter().position(|kept| Arc::ptr_eq(kept, &tensor)) {
+            let kept = shelf.swap_remove(at);
+            drop(kept);
+            if Arc::get_mut(&mut tensor).is_some() {
+                return Ok(tensor);
+            }
+            shelf.push(Arc::clone(&tensor));
+        }
+        drop(shelf);
+        let mut copy = self.take()?;
+        let to = Arc::get_mut(&mut copy).context("memory is held elsewhere")?.as_bytes_mut();
+        ensure!(to.len() == tensor.as_bytes().len(), "a tensor is not as it was said to be");
+        to.copy_from_slice(tensor.as_bytes());
+        Ok(copy)
+    }
+
+    /// Whether tensors of the other kind may lie in this one's memory.
+    pub(super) fn alike(&self, other: &Results) -> bool {
+        self.datum == other.datum && self.kind() == other.kind()
     }
 
     /// Gives a filled tensor out; it can be taken again once nobody holds it.

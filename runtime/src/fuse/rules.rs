@@ -9,6 +9,7 @@ use tract_onnx::tract_core::internal::*;
 use tract_onnx::tract_core::ops::array::{Slice, TypedConcat};
 use tract_onnx::tract_core::ops::binary::TypedBinOp;
 use tract_onnx::tract_core::ops::cast::Cast;
+use tract_onnx::tract_core::ops::cnn::Conv as TractConv;
 use tract_onnx::tract_core::ops::element_wise::ElementWiseOp;
 use tract_onnx::tract_core::ops::math::Mul;
 use tract_onnx::tract_core::ops::nn::{Reduce, Reducer};
@@ -53,9 +54,10 @@ impl Builder<'_> {
         }
         let inputs = node.inputs.iter().map(|&input| self.planar(input));
         let inputs = inputs.collect::<TractResult<TVec<OutletId>>>()?;
-        let op = match node.op_as::<Held>() {
-            Some(held) => Box::new(held.0.clone()),
-            None => node.op.clone(),
+        let op: Box<dyn TypedOp> = match (node.op_as::<Held<TractConv>>(), held_slice(node)) {
+            (Some(held), _) => Box::new(held.0.clone()),
+            (None, Some(held)) => Box::new(held.clone()),
+            (None, None) => node.op.clone(),
         };
         let outlets = self.wire(&node.name, op, &inputs)?;
         for (slot, outlet) in outlets.into_iter().enumerate() {
@@ -67,7 +69,7 @@ impl Builder<'_> {
 
     fn convolution(&mut self, chain: &Chain) -> TractResult<()> {
         let node = self.old.node(chain.conv);
-        let held = node.op_as::<Held>().context("a chain without a convolution")?;
+        let held = node.op_as::<Held<TractConv>>().context("a chain without a convolution")?;
         let pools = &held.0.pool_spec;
         let input = node.inputs[0];
         let few = pools.input_channels <= FEW_CHANNELS && held.0.group == 1;
@@ -148,7 +150,8 @@ impl Builder<'_> {
 
     /// Channels taken out of a blocked tensor are there already.
     fn slice(&mut self, node: &TypedNode) -> TractResult<bool> {
-        let Some((slice, blocked)) = node.op_as::<Slice>().zip(self.only_blocked(node)) else {
+        let slice = node.op_as::<Slice>().or_else(|| held_slice(node));
+        let Some((slice, blocked)) = slice.zip(self.only_blocked(node)) else {
             return Ok(false);
         };
         let (Ok(start), Ok(end), 1) = (slice.start.to_usize(), slice.end.to_usize(), slice.axis)
@@ -288,4 +291,8 @@ impl Builder<'_> {
         self.blocked_at(node.id.into(), outlet, channels);
         Ok(true)
     }
+}
+
+fn held_slice(node: &TypedNode) -> Option<&Slice> {
+    node.op_as::<Held<Slice>>().map(|held| &held.0)
 }

@@ -3,9 +3,10 @@
 //! [`Run::one`] makes an op of a computation; [`join`] takes a model and makes one op of all neighbours
 //! that can be, so that tract's costs a step are paid once for a whole segment. What only the run itself
 //! reads lies in plain memory that all runs share, so that it stays in the nearest cache; where the
-//! last reader of such memory may overwrite it, it does. What others read is a tensor of its own.
+//! last reader of such memory may overwrite it, it does. What others read is a tensor of its own, or
+//! lies in the memory of an input that nobody reads any more.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex};
 
@@ -27,8 +28,8 @@ enum Cell {
     Input(usize),
     /// Plain memory: its place on the bench.
     Bench(usize),
-    /// A result of the run.
-    Result(usize),
+    /// A tensor that the run holds: its place among them.
+    Held(usize),
     /// For an input of a step: the memory of its own result.
     Own,
 }
@@ -41,11 +42,21 @@ struct Step {
     to: Cell,
 }
 
+/// A tensor that a run holds while it computes.
+#[derive(Clone, Debug)]
+struct Held {
+    results: Results,
+    /// The input whose memory it is.
+    from: Option<usize>,
+    /// Whether it is a result, rather than overwritten or of no use in the end.
+    is_result: bool,
+}
+
 /// Computations, in order.
 #[derive(Clone)]
 pub(super) struct Run {
     steps: Vec<Step>,
-    results: Vec<Results>,
+    held: Vec<Held>,
     bench: Arc<Mutex<Bench>>,
     workers: Arc<dyn Workers + Send>,
 }
@@ -90,21 +101,32 @@ impl EvalOp for Run {
     op_out_of_plan!();
 
     fn eval(&self, _: &EvalContext, inputs: TVec<TValue>) -> TractResult<TVec<TValue>> {
-        let inputs = inputs.iter().map(|input| planar(input)).collect::<TractResult<_>>()?;
-        let results = self.results.iter().map(|results| Ok(Some(results.take()?)));
-        let mut results = results.collect::<TractResult<TVec<Option<Arc<Tensor>>>>>()?;
+        let mut inputs: TVec<Option<TValue>> = inputs.into_iter().map(Some).collect();
+        let held = self.held.iter().map(|held| match held.from {
+            Some(input) => held.results.claim(inputs[input].take().context("claimed twice")?),
+            None => held.results.take(),
+        });
+        let held = held.map(|tensor| tensor.map(Some));
+        let mut held = held.collect::<TractResult<TVec<Option<Arc<Tensor>>>>>()?;
+        let inputs = inputs.iter().map(|input| match input {
+            Some(input) => planar(input),
+            None => Ok(Planar::F32(&[])),
+        });
+        let inputs = inputs.collect::<TractResult<_>>()?;
         let mut bench = lock(&self.bench);
         let (bench, mut done) = (&mut *bench.memory, Ok(()));
-        self.workers.within(&mut || done = self.compute(&inputs, &mut results, bench));
+        self.workers.within(&mut || done = self.compute(&inputs, &mut held, bench));
         done?;
-        let results = results.into_iter().flatten().zip(&self.results);
-        Ok(results.map(|(tensor, results)| results.give(tensor)).collect())
+        let given = held.into_iter().flatten().zip(&self.held);
+        let given = given.map(|(tensor, held)| (held.results.give(tensor), held.is_result));
+        Ok(given.filter(|(_, is_result)| *is_result).map(|(value, _)| value).collect())
     }
 }
 
 impl TypedOp for Run {
     fn output_facts(&self, _: &[&TypedFact]) -> TractResult<TVec<TypedFact>> {
-        Ok(self.results.iter().map(Results::fact).collect())
+        let results = self.held.iter().filter(|held| held.is_result);
+        Ok(results.map(|held| held.results.fact()).collect())
     }
 
     as_op!();
@@ -119,10 +141,10 @@ impl Run {
         inputs: usize,
     ) -> Run {
         let inputs = (0..inputs).map(Cell::Input).collect();
-        let step = Step { compute: Arc::new(compute), inputs, to: Cell::Result(0) };
+        let step = Step { compute: Arc::new(compute), inputs, to: Cell::Held(0) };
         Run {
             steps: vec![step],
-            results: vec![results],
+            held: vec![Held { results, from: None, is_result: true }],
             bench: fusion.memory.bench(),
             workers: Arc::clone(&fusion.workers),
         }
@@ -134,10 +156,16 @@ impl Run {
         self.steps.iter().map(|step| step.compute.name())
     }
 
+    /// How many inputs' memory it writes to.
+    #[cfg(test)]
+    pub(super) fn claims(&self) -> usize {
+        self.held.iter().filter(|held| held.from.is_some()).count()
+    }
+
     fn compute(
         &self,
         inputs: &TVec<Planar<'_>>,
-        results: &mut TVec<Option<Arc<Tensor>>>,
+        held: &mut TVec<Option<Arc<Tensor>>>,
         bench: &mut [Aligned],
     ) -> TractResult<()> {
         for step in &self.steps {
@@ -145,7 +173,7 @@ impl Run {
             let (mut memory, mut tensor) = (Aligned::default(), None);
             match step.to {
                 Cell::Bench(at) => memory = std::mem::take(&mut bench[at]),
-                Cell::Result(at) => tensor = results[at].take(),
+                Cell::Held(at) => tensor = held[at].take(),
                 Cell::Input(_) | Cell::Own => bail!("a step that writes nowhere"),
             }
             let operand = |cell: &Cell| {
@@ -153,16 +181,16 @@ impl Run {
                     Cell::Own => return Ok(Operand::Result),
                     Cell::Input(at) => inputs[at],
                     Cell::Bench(at) => Planar::F32(bench[at].as_slice()),
-                    Cell::Result(at) => planar(results[at].as_ref().context("not yet there")?)?,
+                    Cell::Held(at) => planar(held[at].as_ref().context("not yet there")?)?,
                 }))
             };
             let operands = step.inputs.iter().map(operand);
             let operands = operands.collect::<TractResult<TVec<Operand<'_>>>>()?;
             match (&mut tensor, step.to) {
-                (Some(tensor), Cell::Result(at)) => {
+                (Some(tensor), Cell::Held(at)) => {
                     let tensor = Arc::get_mut(tensor).context("a result is held elsewhere")?;
                     let mut plain = tensor.try_as_plain_ram_mut()?;
-                    let to = match self.results[at].datum == f16::datum_type() {
+                    let to = match self.held[at].results.datum == f16::datum_type() {
                         true => PlanarMut::F16(plain.as_slice_mut::<f16>()?),
                         false => PlanarMut::F32(plain.as_slice_mut::<f32>()?),
                     };
@@ -175,7 +203,7 @@ impl Run {
             drop(operands);
             match step.to {
                 Cell::Bench(at) => bench[at] = memory,
-                Cell::Result(at) => results[at] = tensor,
+                Cell::Held(at) => held[at] = tensor,
                 Cell::Input(_) | Cell::Own => {}
             }
         }
@@ -190,15 +218,21 @@ fn planar(tensor: &Tensor) -> TractResult<Planar<'_>> {
     })
 }
 
-/// One op for all neighbouring runs of `model`.
+/// One op for all neighbouring runs of `model`. Of its inputs, `ending` says which nobody reads after it.
 ///
 /// # Errors
 /// What tract says of the new model.
-pub(super) fn join(model: &TypedModel, fusion: &Fusion) -> TractResult<TypedModel> {
+pub(super) fn join(
+    model: &TypedModel,
+    fusion: &Fusion,
+    ending: &[bool],
+) -> TractResult<TypedModel> {
     let order = model.eval_order()?;
+    let ending = model.inputs.iter().zip(ending).filter(|(_, ends)| **ends);
     let mut joiner = Joiner {
         old: model,
         fusion,
+        ending: ending.map(|(input, _)| *input).collect(),
         new: TypedModel { symbols: model.symbols.clone(), ..TypedModel::default() },
         places: HashMap::new(),
         pending: vec![],
@@ -222,6 +256,8 @@ pub(super) fn join(model: &TypedModel, fusion: &Fusion) -> TractResult<TypedMode
 struct Joiner<'a> {
     old: &'a TypedModel,
     fusion: &'a Fusion,
+    /// Inputs that nobody reads after the model.
+    ending: HashSet<OutletId>,
     new: TypedModel,
     places: HashMap<OutletId, OutletId>,
     /// Runs that the next one will be made of.
@@ -265,17 +301,20 @@ impl Joiner<'_> {
         let pending = std::mem::take(&mut self.pending);
         let Some(&last) = pending.last() else { return Ok(()) };
         let bench = self.fusion.memory.bench();
-        let mut planner = Planner::new(self.old, &pending, &bench);
+        let mut planner = Planner::new(self.old, &pending, &bench, &self.ending);
         for (at, &id) in pending.iter().enumerate() {
             planner.add(at, id)?;
         }
-        let Planner { steps, results, inputs, seen, .. } = planner;
+        let Planner { steps, held, inputs, seen, .. } = planner;
         let workers = Arc::clone(&self.fusion.workers);
-        let run = Run { steps, results, bench, workers };
+        // Results are given in the order of what holds them, and may have been made in another.
+        let seen: BTreeMap<usize, OutletId> =
+            seen.into_iter().map(|(outlet, at)| (at, outlet)).collect();
+        let run = Run { steps, held, bench, workers };
         let inputs = inputs.iter().map(|input| self.place(*input));
         let inputs = inputs.collect::<TractResult<TVec<OutletId>>>()?;
         let places = self.new.wire_node(&self.old.node(last).name, run, &inputs)?;
-        self.places.extend(seen.into_iter().zip(places));
+        self.places.extend(seen.into_values().zip(places));
         Ok(())
     }
 }
@@ -283,33 +322,44 @@ impl Joiner<'_> {
 /// Decides where each tensor of a run lies.
 struct Planner<'a> {
     old: &'a TypedModel,
+    /// The members in order, and as a set.
+    pending: &'a [usize],
     members: HashSet<usize>,
+    /// Inputs that nobody reads after the model.
+    ending: &'a HashSet<OutletId>,
     /// The last member that reads a tensor, by its place among them.
     last: HashMap<OutletId, usize>,
     cells: HashMap<OutletId, Cell>,
     steps: Vec<Step>,
-    results: Vec<Results>,
+    held: Vec<Held>,
     inputs: Vec<OutletId>,
-    /// The old tensors that are results.
-    seen: Vec<OutletId>,
+    /// The old tensors that are results, and what holds them.
+    seen: Vec<(OutletId, usize)>,
     bench: Arc<Mutex<Bench>>,
     /// Places on the bench that hold nothing any more; the last has been read last.
     free: Vec<usize>,
 }
 
 impl<'a> Planner<'a> {
-    fn new(old: &'a TypedModel, pending: &[usize], bench: &Arc<Mutex<Bench>>) -> Planner<'a> {
+    fn new(
+        old: &'a TypedModel,
+        pending: &'a [usize],
+        bench: &Arc<Mutex<Bench>>,
+        ending: &'a HashSet<OutletId>,
+    ) -> Planner<'a> {
         let mut last = HashMap::new();
         for (at, &id) in pending.iter().enumerate() {
             last.extend(old.node(id).inputs.iter().map(|input| (*input, at)));
         }
         Planner {
             old,
+            pending,
             members: pending.iter().copied().collect(),
+            ending,
             last,
             cells: HashMap::new(),
             steps: vec![],
-            results: vec![],
+            held: vec![],
             inputs: vec![],
             seen: vec![],
             bench: Arc::clone(bench),
@@ -319,50 +369,84 @@ impl<'a> Planner<'a> {
 
     fn add(&mut self, at: usize, id: usize) -> TractResult<()> {
         let node = self.old.node(id);
-        let run = node.op_as::<Run>().context("other than a run")?;
-        let ([step], [results]) = (&*run.steps, &*run.results) else { bail!("is joined already") };
-        let mut inputs: TVec<Cell> = node.inputs.iter().map(|input| self.cell(*input)).collect();
+        let (compute, results) = self.only(id).context("other than one computation")?;
         let outlet = OutletId::from(id);
-        let is_seen = self.old.outputs.contains(&outlet)
-            || node.outputs[0].successors.iter().any(|next| !self.members.contains(&next.node))
-            || results.datum != f32::datum_type();
+        let is_seen = self.is_seen(outlet) || results.datum != f32::datum_type();
+        let mut inputs: TVec<Cell> = node.inputs.iter().map(|input| self.cell(*input)).collect();
         // Read here for the last time.
-        let mut ending: Vec<(OutletId, usize)> = Vec::new();
-        for &input in &node.inputs {
-            if let (Cell::Bench(place), Some(&last)) = (self.cell(input), self.last.get(&input))
-                && last == at
-                && !ending.contains(&(input, place))
+        let ends = |slot: usize| self.last.get(&node.inputs[slot]) == Some(&at);
+        let over = (0..inputs.len()).find(|&slot| {
+            ends(slot)
+                && compute.may_overwrite(slot)
+                && inputs.iter().filter(|cell| **cell == inputs[slot]).count() == 1
+                && self.may_become(inputs[slot], results, is_seen)
+        });
+        let mut ending: Vec<usize> = Vec::new();
+        for (slot, cell) in inputs.iter().enumerate() {
+            if let &Cell::Bench(place) = cell
+                && ends(slot)
+                && over != Some(slot)
+                && !ending.contains(&place)
             {
-                ending.push((input, place));
+                ending.push(place);
             }
         }
-        let to = if is_seen {
-            self.results.push(results.clone());
-            self.seen.push(outlet);
-            Cell::Result(self.results.len() - 1)
-        } else {
-            let kind = results.kind();
-            let over = (0..inputs.len()).find(|&slot| {
-                let Cell::Bench(place) = inputs[slot] else { return false };
-                let once = inputs.iter().filter(|cell| **cell == inputs[slot]).count() == 1;
-                step.compute.may_overwrite(slot)
-                    && once
-                    && ending.iter().any(|(_, ending)| *ending == place)
-                    && lock(&self.bench).kinds[place] == kind
-            });
-            match over {
-                Some(slot) => {
-                    let cell = std::mem::replace(&mut inputs[slot], Cell::Own);
-                    ending.retain(|(_, place)| Cell::Bench(*place) != cell);
-                    cell
-                }
-                None => Cell::Bench(self.room(kind)),
-            }
+        let to = match over {
+            Some(slot) => std::mem::replace(&mut inputs[slot], Cell::Own),
+            None if is_seen => self.hold(results, None),
+            None => Cell::Bench(self.room(results.kind())),
         };
-        self.free.extend(ending.into_iter().map(|(_, place)| place));
+        if let (Cell::Held(place), true) = (to, is_seen) {
+            self.held[place].is_result = true;
+            self.seen.push((outlet, place));
+        }
+        self.free.extend(ending);
         self.cells.insert(outlet, to);
-        self.steps.push(Step { compute: Arc::clone(&step.compute), inputs, to });
+        self.steps.push(Step { compute: Arc::clone(compute), inputs, to });
         Ok(())
+    }
+
+    /// What a member of one computation computes, and its result.
+    fn only(&self, id: usize) -> Option<(&'a Arc<dyn Compute>, &'a Results)> {
+        let run = self.old.node(id).op_as::<Run>()?;
+        let ([step], [held]) = (&*run.steps, &*run.held) else { return None };
+        Some((&step.compute, &held.results))
+    }
+
+    /// Whether others than the run's members read a tensor.
+    fn is_seen(&self, outlet: OutletId) -> bool {
+        let mut readers = self.old.node(outlet.node).outputs[outlet.slot].successors.iter();
+        self.old.outputs.contains(&outlet)
+            || readers.any(|reader| !self.members.contains(&reader.node))
+    }
+
+    /// Whether a result may be written where a tensor lies that is read for the last time.
+    fn may_become(&self, cell: Cell, results: &Results, is_seen: bool) -> bool {
+        match cell {
+            Cell::Bench(place) => !is_seen && lock(&self.bench).kinds[place] == results.kind(),
+            Cell::Held(place) => {
+                let held = &self.held[place];
+                !held.is_result && held.results.alike(results)
+            }
+            Cell::Input(_) | Cell::Own => false,
+        }
+    }
+
+    /// The kind of an input of the model that nobody reads after the run, if its last reader among the
+    /// members may overwrite it.
+    fn claimed(&self, outlet: OutletId) -> Option<Results> {
+        if !self.ending.contains(&outlet) || self.is_seen(outlet) {
+            return None;
+        }
+        let last = *self.pending.get(*self.last.get(&outlet)?)?;
+        let (compute, results) = self.only(last)?;
+        let inputs = self.old.node(last).inputs.iter().enumerate();
+        let mut slots = inputs.filter(|(_, input)| **input == outlet).map(|(slot, _)| slot);
+        let fact = self.old.outlet_fact(outlet).ok()?;
+        let fits = slots.all(|slot| compute.may_overwrite(slot))
+            && fact.datum_type == results.datum
+            && fact.shape == results.fact().shape;
+        fits.then(|| results.clone())
     }
 
     /// Where a tensor lies; a run's input where no member makes it.
@@ -371,9 +455,18 @@ impl<'a> Planner<'a> {
             return *cell;
         }
         self.inputs.push(outlet);
-        let cell = Cell::Input(self.inputs.len() - 1);
+        let input = self.inputs.len() - 1;
+        let cell = match self.claimed(outlet) {
+            Some(results) => self.hold(&results, Some(input)),
+            None => Cell::Input(input),
+        };
         self.cells.insert(outlet, cell);
         cell
+    }
+
+    fn hold(&mut self, results: &Results, from: Option<usize>) -> Cell {
+        self.held.push(Held { results: results.clone(), from, is_result: false });
+        Cell::Held(self.held.len() - 1)
     }
 
     /// A place on the bench for a tensor of this kind: the one that was read last, if one is free.

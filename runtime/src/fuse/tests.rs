@@ -123,35 +123,44 @@ fn transfer(id: i64, shape: &[i64]) -> [AttributeProto; 4] {
     ]
 }
 
-/// What leaves a shard: its sends, then its outputs.
-fn run(mut executor: Box<dyn Executor>, shard: &Shard) -> Vec<(bool, Bytes)> {
+/// What leaves a shard, its sends and then its outputs, for each of the inputs that `seeds` name, which are
+/// computed together, step by step.
+fn run(executor: &mut dyn Executor, shard: &Shard, seeds: &[usize]) -> Vec<Vec<(bool, Bytes)>> {
     let program = shard.program();
-    let job = executor.begin();
-    let mut left = Vec::new();
-    let mut read = |executor: &mut Box<dyn Executor>, slot, is_half| {
+    let jobs: Vec<_> = seeds.iter().map(|_| executor.begin()).collect();
+    let mut left = vec![vec![]; jobs.len()];
+    let read = |executor: &mut dyn Executor, job, slot, is_half| {
         let mut bytes = BytesMut::new();
         executor.read(job, slot, &mut bytes).unwrap();
-        left.push((is_half, bytes.freeze()));
+        (is_half, bytes.freeze())
     };
-    for &slot in &program.inputs {
-        let count = program.slot(slot).shape.as_ref().unwrap().iter().product();
-        let bytes: Vec<u8> = numbers(99, count).iter().flat_map(|x| x.to_le_bytes()).collect();
-        executor.write(job, slot, &bytes).unwrap();
+    for (&job, seed) in jobs.iter().zip(seeds) {
+        for &slot in &program.inputs {
+            let count = program.slot(slot).shape.as_ref().unwrap().iter().product();
+            let bytes: Vec<u8> =
+                numbers(*seed, count).iter().flat_map(|x| x.to_le_bytes()).collect();
+            executor.write(job, slot, &bytes).unwrap();
+        }
     }
     for step in &program.steps {
-        match step {
-            Step::Compute(segment) => executor.compute(job, *segment).unwrap(),
-            Step::Send(crossing) => read(&mut executor, crossing.slot, true),
-            Step::Receive(crossing) => {
-                let halves = numbers(7, crossing.bytes / 2);
-                let halves = halves.into_iter().map(f16::from_f32);
-                let bytes: Vec<u8> = halves.flat_map(f16::to_le_bytes).collect();
-                executor.write(job, crossing.slot, &bytes).unwrap();
+        for (&job, left) in jobs.iter().zip(&mut left) {
+            match step {
+                Step::Compute(segment) => executor.compute(job, *segment).unwrap(),
+                Step::Send(crossing) => left.push(read(executor, job, crossing.slot, true)),
+                Step::Receive(crossing) => {
+                    let halves = numbers(7, crossing.bytes / 2);
+                    let halves = halves.into_iter().map(f16::from_f32);
+                    let bytes: Vec<u8> = halves.flat_map(f16::to_le_bytes).collect();
+                    executor.write(job, crossing.slot, &bytes).unwrap();
+                }
             }
         }
     }
-    for &slot in &program.outputs {
-        read(&mut executor, slot, false);
+    for (&job, left) in jobs.iter().zip(&mut left) {
+        for &slot in &program.outputs {
+            left.push(read(executor, job, slot, false));
+        }
+        executor.end(job);
     }
     left
 }
@@ -167,11 +176,13 @@ fn widened((is_half, bytes): &(bool, Bytes)) -> Vec<f32> {
 
 /// Every instruction set and number of threads gives what stock tract does.
 fn equals_stock(shard: &Shard) {
-    let stock = run(TractEngine::stock(1).load(shard.program()).unwrap(), shard);
+    let run_one = |mut engine: TractEngine| {
+        run(&mut *engine.load(shard.program()).unwrap(), shard, &[99]).remove(0)
+    };
+    let stock = run_one(TractEngine::stock(1));
     for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
         for threads in [1, 2] {
-            let mut engine = TractEngine::with_isa(threads, isa);
-            let ours = run(engine.load(shard.program()).unwrap(), shard);
+            let ours = run_one(TractEngine::with_isa(threads, isa));
             assert_eq!(ours.len(), stock.len());
             for (ours, stock) in ours.iter().zip(&stock) {
                 // One unit in the last place of a half, where sums fall on either side of a tie.
@@ -187,27 +198,31 @@ fn equals_stock(shard: &Shard) {
     }
 }
 
+fn fusion() -> Fusion {
+    let workers = Arc::new(crate::kernels::Alone);
+    Fusion { isa: Isa::Plain, workers, memory: Memory::default() }
+}
+
+fn decluttered(segment: &crate::shard::Segment) -> TypedModel {
+    let bytes = encode(&segment.model);
+    let mut model = tract_onnx::onnx().model_for_read(&mut &*bytes).unwrap().into_typed().unwrap();
+    hold(&mut model).unwrap();
+    model.declutter().unwrap();
+    model
+}
+
 /// Ops of the plans that `shard` becomes, by name.
 fn ops(shard: &Shard) -> Vec<String> {
-    let fusion = Fusion {
-        isa: Isa::Plain,
-        workers: Arc::new(crate::kernels::Alone),
-        memory: Memory::default(),
-    };
+    shard.program().segments.iter().flat_map(ops_of).collect()
+}
+
+fn ops_of(segment: &crate::shard::Segment) -> Vec<String> {
+    let (model, _) = fuse(&decluttered(segment), &fusion(), &Around::default()).unwrap();
     let mut names = Vec::new();
-    for segment in &shard.program().segments {
-        let bytes = encode(&segment.model);
-        let mut model =
-            tract_onnx::onnx().model_for_read(&mut &*bytes).unwrap().into_typed().unwrap();
-        hold(&mut model);
-        model.declutter().unwrap();
-        let (model, _) = fuse(&model, &fusion, &vec![], &[]).unwrap();
-        let order = model.eval_order().unwrap();
-        for node in order.into_iter().map(|id| model.node(id)) {
-            match node.op_as::<run::Run>() {
-                Some(run) => names.extend(run.names().map(str::to_owned)),
-                None => names.push(node.op.name().into_owned()),
-            }
+    for node in model.eval_order().unwrap().into_iter().map(|id| model.node(id)) {
+        match node.op_as::<run::Run>() {
+            Some(run) => names.extend(run.names().map(str::to_owned)),
+            None => names.push(node.op.name().into_owned()),
         }
     }
     names
@@ -253,7 +268,8 @@ fn exchanging() -> Shard {
         .op("Slice", &["a", "zero", "keep", "one"], "kept", &[])
         .op("Cast", &["kept"], "half", &[attr_int("to", 10)])
         .op(SEND_OP, &["half"], "sent", &transfer(0, &[1, 13, 9, 7]))
-        .conv("a", "c1", [24, 24, 3], [3, 1])
+        .conv("a", "c0", [24, 12, 3], [3, 1])
+        .conv("c0", "c1", [12, 24, 3], [1, 1])
         .op("Add", &["c1", "a"], "sum", &[])
         .op(RECV_OP, &[], "got", &transfer(1, &[1, 20, 9, 7]))
         .op("Cast", &["got"], "full", &[attr_int("to", 1)])
@@ -286,10 +302,10 @@ fn what_is_received_is_rounded_once_and_exactly() {
         .op("Sub", &["c", "c"], "nothing", &[])
         .op("Add", &["nothing", "full"], "y", &[])
         .shard(&["y"]);
-    let left = run(TractEngine::new(1).load(shard.program()).unwrap(), &shard);
+    let left = run(&mut *TractEngine::new(1).load(shard.program()).unwrap(), &shard, &[99]);
     let expected: Vec<f32> =
         numbers(7, 80).into_iter().map(|x| f16::from_f32(x).to_f32()).collect();
-    assert_eq!(widened(&left[0]), expected);
+    assert_eq!(widened(&left[0][0]), expected);
 }
 
 #[test]
@@ -340,9 +356,37 @@ fn a_mobile_block_is_blocked_throughout() {
 #[test]
 fn nothing_is_kept_from_one_request_to_the_next() {
     let shard = exchanging();
-    let mut engine = TractEngine::new(1);
-    let first = run(engine.load(shard.program()).unwrap(), &shard);
-    for _ in 0..3 {
-        assert_eq!(run(engine.load(shard.program()).unwrap(), &shard), first);
+    let alone = |seed| {
+        let mut executor = TractEngine::new(1).load(shard.program()).unwrap();
+        run(&mut *executor, &shard, &[seed]).remove(0)
+    };
+    let mut executor = TractEngine::new(1).load(shard.program()).unwrap();
+    for seeds in [vec![1], vec![2, 3, 4], vec![5], vec![3, 1]] {
+        let expected: Vec<_> = seeds.iter().map(|&seed| alone(seed)).collect();
+        assert_eq!(run(&mut *executor, &shard, &seeds), expected, "{seeds:?}");
     }
+}
+
+#[test]
+fn channels_that_leave_are_not_computed_twice() {
+    // Whole for the node itself, and thirteen channels in f16: one convolution and its activation.
+    let ops = ops_of(&exchanging().program().segments[0]);
+    assert_eq!(ops, ["Source", "BlockedConv", "ToPlanes", "ToPlanes"]);
+}
+
+/// The trunk of a network stays in one memory from block to block.
+#[test]
+fn a_result_takes_the_memory_of_an_input_that_nobody_reads_any_more() {
+    let shard = exchanging();
+    let fusion = fusion();
+    let claims = |blocked: &[Option<usize>], ending: &[bool]| {
+        let around = Around { blocked, ending, free: &[true] };
+        let model = decluttered(&shard.program().segments[1]);
+        let (model, _) = fuse(&model, &fusion, &around).unwrap();
+        let runs = model.nodes.iter().filter_map(|node| node.op_as::<run::Run>());
+        runs.map(run::Run::claims).sum::<usize>()
+    };
+    assert_eq!(claims(&[Some(24)], &[true]), 1);
+    assert_eq!(claims(&[Some(24)], &[false]), 0, "somebody reads it later");
+    assert_eq!(claims(&[None], &[true]), 0, "it is planar");
 }

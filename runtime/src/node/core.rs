@@ -137,6 +137,15 @@ impl Core {
         }
     }
 
+    /// Ends a request of which this node cannot do its part, and tells everybody.
+    pub(super) fn fail(&self, request: u64, reason: String) {
+        tracing::warn!(reason, request, "cannot compute");
+        self.mailbox.cancel(request, &reason);
+        self.outbox.cancel(request, &reason);
+        let rank = self.identity.rank;
+        self.answer(request, Err(InferError::Peer { rank, reason }));
+    }
+
     pub(super) fn answer(&self, request: u64, answer: Result<Answer, InferError>) {
         if let Some(asker) = lock(&self.asked).remove(&request) {
             // Whoever asked may have left; then nobody needs the answer.

@@ -92,13 +92,13 @@ impl Node {
         Arc::new(move |event| core.take(event))
     }
 
-    /// Sends frames with `transport` from now on, a thread a peer: a frame that has been computed leaves
-    /// without waiting for a worker of the runtime. Must be called within a tokio runtime.
+    /// Sends frames with `transport` from now on, a thread a peer: what has been computed is encoded and
+    /// leaves without waiting for a worker of the runtime, while the next segment is computed. Must be called within a tokio runtime.
     pub fn connect(&mut self, transport: Arc<dyn Transport>) {
         for (peer, frames) in self.leaving.drain(..).enumerate() {
             let (runtime, end) = (Handle::current(), self.sending.token().clone());
-            let missing = self.core.missing.subscribe();
-            let sending = outbox::send_all(peer, frames, missing, Arc::clone(&transport));
+            let core = Arc::clone(&self.core);
+            let sending = outbox::send_all(core, peer, frames, Arc::clone(&transport));
             self.senders.spawn_blocking(move || runtime.block_on(end.run_until_cancelled(sending)));
         }
     }

@@ -1,19 +1,24 @@
-//! Where frames leave: a queue for each peer, and a task that empties it.
+//! Where frames leave: a queue for each peer, and a thread that empties it.
 //!
-//! Takes whole frames from the compute thread, which never waits for the network, nor one peer for
-//! another. A frame for a peer that is gone is kept for a moment, should another stand in for it; one
-//! whose request has run out of time is dropped.
+//! Takes tensors from the compute thread, which neither encodes them nor waits for the network, nor one
+//! peer for another; and frames that are whole already. What is for a peer that is gone is kept for a
+//! moment, should another stand in for it; what belongs to a request that has run out of time is dropped.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use snn_schemas::codec::Pixels;
 use snn_schemas::metadata::ShardInfo;
-use snn_schemas::wire::Cancel;
-use tokio::sync::{mpsc, watch};
+use snn_schemas::wire::{Cancel, TensorFrame};
+use tokio::sync::mpsc;
 
+use super::core::{Core, lock};
+use super::report::milliseconds;
+use crate::engine::Outgoing;
+use crate::shard::Crossing;
 use crate::transport::Transport;
+use crate::watch::Kind;
 
 /// How long a frame for a peer that is gone is kept, should another stand in for it.
 const WAIT_FOR_PEER: Duration = Duration::from_secs(2);
@@ -29,11 +34,70 @@ pub(super) struct Outbox {
     queues: Vec<mpsc::UnboundedSender<Leaving>>,
 }
 
-/// A frame on its way to a transport.
-pub(super) struct Leaving {
-    frame: Bytes,
-    /// When nobody needs it any more.
-    until: Option<Instant>,
+/// What is on its way to a transport.
+pub(super) enum Leaving {
+    /// A whole frame, until nobody needs it any more.
+    Frame(Bytes, Option<Instant>),
+    /// A tensor that is not a frame yet.
+    Features(Features),
+}
+
+impl Leaving {
+    fn until(&self) -> Option<Instant> {
+        match self {
+            Leaving::Frame(_, until) => *until,
+            Leaving::Features(features) => Some(features.deadline),
+        }
+    }
+}
+
+/// A tensor of a request, for one peer.
+pub(super) struct Features {
+    pub(super) tensor: Arc<dyn Outgoing>,
+    pub(super) departure: Arc<Departure>,
+    pub(super) request: u64,
+    pub(super) deadline: Instant,
+    /// Whether it was computed without all that was sent.
+    pub(super) degraded: bool,
+}
+
+/// What a send of the program asks for.
+pub(super) struct Departure {
+    pub(super) crossing: Crossing,
+    /// What pixels are worth, where it is a picture that leaves.
+    pub(super) pixels: Option<Arc<Pixels>>,
+    /// Its place among the report's sends.
+    pub(super) place: usize,
+}
+
+impl Features {
+    /// The frame. Its span ends before it leaves, so that it arrives later.
+    fn encode(&self, core: &Core) -> Result<Bytes, String> {
+        let Departure { crossing, pixels, place } = &*self.departure;
+        let start = Instant::now();
+        let within = self.deadline.saturating_duration_since(start);
+        let about = (crossing.transfer, within);
+        let (rank, dtype) = (core.identity.rank as u16, crossing.codec.dtype);
+        let mut frame = TensorFrame::begin(dtype, rank, self.request, about, crossing.bytes);
+        match pixels {
+            None => self.tensor.put(crossing.codec, &mut frame)?,
+            Some(pixels) => pixels.put(self.tensor.numbers()?, &crossing.shape, &mut frame),
+        }
+        if self.degraded {
+            TensorFrame::mark_degraded(&mut frame);
+        }
+        core.recorder.span(Kind::Encode, crossing.transfer, self.request, start);
+        let bytes = frame.len() as u64;
+        let mut report = lock(&core.report);
+        report.codec_ms += milliseconds(start.elapsed());
+        report.bytes_sent += bytes;
+        report.frames_sent += 1;
+        if let Some(send) = report.sends.get_mut(*place) {
+            send.bytes += bytes;
+            send.frames += 1;
+        }
+        Ok(frame.freeze())
+    }
 }
 
 impl Outbox {
@@ -44,9 +108,18 @@ impl Outbox {
 
     /// Sends a frame to a peer, unless that takes until `until`.
     pub(super) fn send(&self, peer: usize, frame: Bytes, until: Option<Instant>) {
+        self.leave(peer, Leaving::Frame(frame, until));
+    }
+
+    /// Encodes a tensor and sends it to its peer, unless that takes until the request's deadline.
+    pub(super) fn send_features(&self, features: Features) {
+        self.leave(features.departure.crossing.peer, Leaving::Features(features));
+    }
+
+    fn leave(&self, peer: usize, leaving: Leaving) {
         if let Some(queue) = self.queues.get(peer) {
-            // A queue without a task is one of a node that is ending.
-            let _ = queue.send(Leaving { frame, until });
+            // A queue without a thread is one of a node that is ending.
+            let _ = queue.send(leaving);
         }
     }
 
@@ -60,25 +133,37 @@ impl Outbox {
     }
 }
 
-/// Sends one peer's frames until the node ends.
+/// Sends what leaves for one peer until the node ends.
 pub(super) async fn send_all(
+    core: Arc<Core>,
     peer: usize,
-    mut frames: mpsc::UnboundedReceiver<Leaving>,
-    mut missing: watch::Receiver<BTreeSet<usize>>,
+    mut leaving: mpsc::UnboundedReceiver<Leaving>,
     transport: Arc<dyn Transport>,
 ) {
+    let mut missing = core.missing.subscribe();
     // While nobody comes, one frame has waited, and those behind it need not as well.
     let mut given_up = false;
-    while let Some(Leaving { frame, until }) = frames.recv().await {
+    while let Some(next) = leaving.recv().await {
         // Others may have heard earlier than we that somebody stands in for the peer.
         let there = missing.wait_for(|missing| !missing.contains(&peer));
         let patience = if given_up { Duration::ZERO } else { WAIT_FOR_PEER };
         given_up = tokio::time::timeout(patience, there).await.is_err();
-        let is_late = until.is_some_and(|until| Instant::now() >= until);
+        let is_late = next.until().is_some_and(|until| Instant::now() >= until);
         if given_up || is_late {
             tracing::debug!(peer, is_late, "frame dropped");
             continue;
         }
+        let frame = match next {
+            Leaving::Frame(frame, _) => frame,
+            Leaving::Features(features) => match features.encode(&core) {
+                Ok(frame) => frame,
+                Err(reason) => {
+                    let transfer = features.departure.crossing.transfer;
+                    core.fail(features.request, format!("t{transfer}: {reason}"));
+                    continue;
+                }
+            },
+        };
         // Who waits for it hears of a lost peer, or at its deadline.
         if let Err(error) = transport.send(peer, frame).await {
             tracing::warn!(%error, "frame not sent");

@@ -2,6 +2,8 @@
 //!
 //! Counts only grow, from the node's start on. A report travels as JSON to those who watch.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::shard::{Crossing, Shard};
@@ -99,4 +101,8 @@ impl NodeReport {
             ..NodeReport::default()
         }
     }
+}
+
+pub(super) fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
 }

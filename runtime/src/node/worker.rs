@@ -1,6 +1,6 @@
 //! The compute thread of a node: it goes through the shard's program, a request at a time.
 //!
-//! Takes requests and tensors from the mailbox; gives frames to the outbox and answers to those who
+//! Takes requests and tensors from the mailbox; gives tensors to the outbox and answers to those who
 //! asked. While a request waits for a tensor others are computed, oldest first, a segment each turn. A
 //! request that fails, is cancelled or is past its deadline gives its memory back.
 
@@ -11,11 +11,13 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 use snn_schemas::Packing;
 use snn_schemas::codec::Pixels;
-use snn_schemas::wire::{Answer, Tensor, TensorFrame, WireError};
+use snn_schemas::wire::{Answer, Tensor, WireError};
 use tokio::sync::oneshot;
 
 use super::core::{Core, lock};
 use super::error::InferError;
+use super::outbox::{Departure, Features};
+use super::report::milliseconds;
 use crate::engine::{Engine, EngineError, Executor, Job};
 use crate::mailbox::{Begin, End, MAX_REQUESTS, Next, Pending};
 use crate::shard::{Crossing, Program, Slot, Step};
@@ -36,24 +38,31 @@ struct Working {
 pub(super) struct Worker {
     core: Arc<Core>,
     program: Program,
-    /// For each step that receives or sends: its place among the report's receives or sends.
+    /// For each step that receives: its place among the report's receives.
     places: Vec<usize>,
+    /// For each step that sends: what it asks for.
+    departures: Vec<Option<Arc<Departure>>>,
 }
 
 impl Worker {
     pub(super) fn new(core: Arc<Core>, program: Program) -> Worker {
+        let (mut places, mut departures) = (Vec::new(), Vec::new());
         let (mut receives, mut sends) = (0, 0);
-        let place = |step: &Step| {
-            let next = match step {
-                Step::Compute(_) => return 0,
-                Step::Receive(_) => &mut receives,
-                Step::Send(_) => &mut sends,
+        for step in &program.steps {
+            places.push(receives);
+            let departure = match step {
+                Step::Send(crossing) => {
+                    let is_picture = crossing.codec.packing == Packing::Pixels;
+                    let pixels = program.pixels.clone().filter(|_| is_picture);
+                    sends += 1;
+                    Some(Departure { crossing: crossing.clone(), pixels, place: sends - 1 })
+                }
+                Step::Receive(_) | Step::Compute(_) => None,
             };
-            *next += 1;
-            *next - 1
-        };
-        let places = program.steps.iter().map(place).collect();
-        Worker { core, program, places }
+            receives += usize::from(matches!(step, Step::Receive(_)));
+            departures.push(departure.map(Arc::new));
+        }
+        Worker { core, program, places, departures }
     }
 
     pub(super) fn run<E: Engine>(
@@ -201,7 +210,11 @@ impl Worker {
                     lock(&self.core.report).compute_ms += milliseconds(start.elapsed());
                     computed = true;
                 }
-                Step::Send(crossing) => self.send(executor, work, crossing)?,
+                Step::Send(_) => {
+                    if let Some(departure) = &self.departures[work.at] {
+                        self.send(executor, work, departure)?;
+                    }
+                }
             }
             work.at += 1;
         }
@@ -224,36 +237,15 @@ impl Worker {
         &self,
         executor: &mut dyn Executor,
         work: &Working,
-        crossing: &Crossing,
+        departure: &Arc<Departure>,
     ) -> Result<(), EngineError> {
-        let start = Instant::now();
-        let within = work.deadline.saturating_duration_since(start);
-        let about = (crossing.transfer, within);
-        let rank = self.core.identity.rank as u16;
-        let dtype = crossing.codec.dtype;
-        let mut frame = TensorFrame::begin(dtype, rank, work.request, about, crossing.bytes);
-        match self.pixels(crossing) {
-            None => executor.send(work.job, crossing.slot, crossing.codec, &mut frame)?,
-            Some(pixels) => {
-                let numbers = numbers(executor, work.job, crossing.slot)?;
-                pixels.put(&numbers, &crossing.shape, &mut frame);
-            }
-        }
-        if self.core.mailbox.is_degraded(work.request) {
-            TensorFrame::mark_degraded(&mut frame);
-        }
-        // Before the frame leaves, so that its arrival is always later.
-        self.core.recorder.span(Kind::Encode, crossing.transfer, work.request, start);
-        let bytes = frame.len() as u64;
-        self.core.outbox.send(crossing.peer, frame.freeze(), Some(work.deadline));
-        let mut report = lock(&self.core.report);
-        report.codec_ms += milliseconds(start.elapsed());
-        report.bytes_sent += bytes;
-        report.frames_sent += 1;
-        if let Some(send) = report.sends.get_mut(self.places[work.at]) {
-            send.bytes += bytes;
-            send.frames += 1;
-        }
+        self.core.outbox.send_features(Features {
+            tensor: executor.send(work.job, departure.crossing.slot)?,
+            departure: Arc::clone(departure),
+            request: work.request,
+            deadline: work.deadline,
+            degraded: self.core.mailbox.is_degraded(work.request),
+        });
         Ok(())
     }
 
@@ -289,8 +281,8 @@ impl Worker {
                 }
             }
             Err(error) => {
-                tracing::warn!(%error, request = work.request, "cannot compute");
-                self.fail(work.request, error.to_string());
+                lock(&self.core.report).failures += 1;
+                self.core.fail(work.request, error.to_string());
             }
         }
     }
@@ -326,14 +318,6 @@ impl Worker {
             self.core.answer(work.request, Err(InferError::Late { waiting }));
         }
     }
-
-    /// Tells everybody that this node cannot do its part.
-    fn fail(&self, request: u64, reason: String) {
-        lock(&self.core.report).failures += 1;
-        self.core.outbox.cancel(request, &reason);
-        let rank = self.core.identity.rank;
-        self.core.answer(request, Err(InferError::Peer { rank, reason }));
-    }
 }
 
 /// The numbers of a slot.
@@ -341,8 +325,4 @@ fn numbers(executor: &mut dyn Executor, job: Job, slot: Slot) -> Result<Vec<f32>
     let mut bytes = BytesMut::new();
     executor.read(job, slot, &mut bytes)?;
     Ok(bytes.as_chunks().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect())
-}
-
-fn milliseconds(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1e3
 }

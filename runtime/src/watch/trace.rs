@@ -1,8 +1,8 @@
 //! The lanes of several nodes as one trace, in the JSON that Perfetto and Chrome read.
 //!
 //! Takes [`Lane`]s with the offset of each node's clock; gives one document with a lane a node: its
-//! segments, codec work and waits, an arrow from each send to its receive, and each request above
-//! them. [`hidden`] gives the share of transfer time during which the receiver computed: from the
+//! segments, what it decodes and its waits; beside it what it encodes meanwhile, an arrow from each send
+//! to its receive, and each request above them. [`hidden`] gives the share of transfer time during which the receiver computed: from the
 //! moment a frame leaves until it has arrived. Only segments count as computing, and only transfers
 //! of which both ends were recorded.
 
@@ -107,8 +107,20 @@ pub fn document(lanes: &[Aligned]) -> Value {
     let hidden = hidden(lanes);
     let mut events = vec![named("process_name", 0, "cluster")];
     for lane in lanes {
-        events.push(named("thread_name", lane.lane.rank, &format!("node {}", lane.lane.rank)));
-        events.extend(lane.lane.spans.iter().flat_map(|span| shown(lane, span, zero)));
+        let rank = lane.lane.rank;
+        events.push(named("thread_name", rank, &format!("node {rank}")));
+        events.push(sorted(rank, rank * BESIDE));
+        let mut beside = Beside::default();
+        for span in &lane.lane.spans {
+            let place = (span.kind == Kind::Encode).then(|| beside.place(span));
+            let track = place.map_or(rank, |place| SENDS + rank * BESIDE + place);
+            events.extend(shown(lane, span, zero, track));
+        }
+        for place in 0..beside.busy_until.len() {
+            let track = SENDS + rank * BESIDE + place;
+            events.push(named("thread_name", track, &format!("node {rank} sends")));
+            events.push(sorted(track, rank * BESIDE + 1 + place));
+        }
     }
     let uncertainty = lanes.iter().map(|lane| lane.uncertainty).max().unwrap_or(0);
     let dropped: u64 = lanes.iter().map(|lane| lane.lane.dropped).sum();
@@ -126,24 +138,51 @@ pub fn document(lanes: &[Aligned]) -> Value {
     })
 }
 
+/// Number of the first track beside the nodes' own; each node has room for so many.
+const SENDS: usize = 1 << 20;
+const BESIDE: usize = 1 << 10;
+
+/// Tracks beside a node's own, for what it does on several threads: spans of one track do not overlap.
+#[derive(Default)]
+struct Beside {
+    busy_until: Vec<u64>,
+}
+
+impl Beside {
+    /// The first track that is free for a span; spans come in the order in which they end.
+    fn place(&mut self, span: &Span) -> usize {
+        let free = self.busy_until.iter().position(|&until| until <= span.start);
+        let place = free.unwrap_or(self.busy_until.len()).min(BESIDE - 2);
+        if place == self.busy_until.len() {
+            self.busy_until.push(0);
+        }
+        self.busy_until[place] = span.end;
+        place
+    }
+}
+
+fn sorted(track: usize, index: usize) -> Value {
+    json!({ "ph": "M", "name": "thread_sort_index", "pid": 0, "tid": track,
+            "args": { "sort_index": index } })
+}
+
 fn named(what: &str, lane: usize, name: &str) -> Value {
     json!({ "ph": "M", "name": what, "pid": 0, "tid": lane, "args": { "name": name } })
 }
 
-fn shown(lane: &Aligned, span: &Span, zero: i64) -> Vec<Value> {
-    let rank = lane.lane.rank;
+fn shown(lane: &Aligned, span: &Span, zero: i64, track: usize) -> Vec<Value> {
     let time = |ns: u64| (lane.at(ns) - zero) as f64 / 1e3;
     let (start, end) = (time(span.start), time(span.end));
     // Larger than what a reader's floating-point numbers hold, so as text.
     let request = format!("{:016x}", span.request);
     let on_lane = |category: &str, name: String| {
-        json!({ "ph": "X", "cat": category, "name": name, "pid": 0, "tid": rank, "ts": start,
+        json!({ "ph": "X", "cat": category, "name": name, "pid": 0, "tid": track, "ts": start,
                 "dur": end - start, "args": { "request": request } })
     };
     let arrow = |phase: &str| {
         let id = format!("{request}.{}", span.id);
         json!({ "ph": phase, "cat": "transfer", "name": format!("t{}", span.id), "id": id,
-                "pid": 0, "tid": rank, "ts": (start + end) / 2.0, "bp": "e" })
+                "pid": 0, "tid": track, "ts": (start + end) / 2.0, "bp": "e" })
     };
     let id = span.id;
     match span.kind {
@@ -153,12 +192,12 @@ fn shown(lane: &Aligned, span: &Span, zero: i64) -> Vec<Value> {
         Kind::Wait => vec![on_lane("wait", format!("wait t{id}"))],
         Kind::Arrived => vec![json!({
             "ph": "i", "s": "t", "cat": "arrival", "name": format!("t{id} arrives"),
-            "pid": 0, "tid": rank, "ts": start, "args": { "request": request },
+            "pid": 0, "tid": track, "ts": start, "args": { "request": request },
         })],
         Kind::Request => {
             let edge = |phase: &str, ts: f64| {
                 json!({ "ph": phase, "cat": "request", "name": "request", "id": request,
-                        "pid": 0, "tid": rank, "ts": ts })
+                        "pid": 0, "tid": track, "ts": ts })
             };
             vec![edge("b", start), edge("e", end)]
         }
@@ -218,6 +257,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_encoded_at_once_lies_side_by_side() {
+        let encodes = [(1, 10, 20), (2, 12, 22), (3, 20, 30), (4, 11, 31)];
+        let spans = encodes.map(|(id, start, end)| span(Kind::Encode, id, start, end));
+        let document = document(&[lane(1, 0, spans.to_vec())]);
+        let events = document["traceEvents"].as_array().unwrap();
+        let track = |name: &str| {
+            let sent = events.iter().find(|e| e["ph"] == "X" && e["name"] == name);
+            sent.unwrap()["tid"].as_u64().unwrap()
+        };
+        let [one, two, three, four] = ["send t1", "send t2", "send t3", "send t4"].map(track);
+        assert!(one == three && one != two && four != two && four != one && one != 1);
+    }
+
+    #[test]
     fn the_document_has_a_lane_a_node_and_an_arrow_a_transfer_on_one_axis() {
         let document = document(&two());
         let events = document["traceEvents"].as_array().unwrap();
@@ -232,6 +285,7 @@ mod tests {
             (Some(0.0), Some(5000.0))
         );
         assert_eq!(find("X", "send t4")["ts"].as_f64(), Some(1000.0));
+        assert_eq!(find("X", "send t4")["tid"], find("s", "t4")["tid"]);
         assert_eq!(find("X", "wait t4")["tid"], 1);
         assert_eq!(find("s", "t4")["id"], find("f", "t4")["id"]);
         assert_eq!(document["otherData"]["hidden_share"], 0.75);
