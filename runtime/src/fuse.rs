@@ -15,6 +15,7 @@ mod builder;
 mod chain;
 mod facts;
 mod held;
+mod join;
 mod memory;
 mod ops;
 mod rules;

@@ -12,9 +12,10 @@ use tract_onnx::tract_core::ops::cast::Cast;
 
 use super::chain::Chain;
 use super::facts::concrete;
+use super::join::join;
 use super::memory::Results;
 use super::ops::{Compute, ToBlocks, ToPlanes};
-use super::run::{Run, join};
+use super::run::Run;
 use super::sum::Addition;
 use super::{Around, Edges, Fusion};
 use crate::kernels::Halo;

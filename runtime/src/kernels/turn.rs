@@ -142,21 +142,8 @@ unsafe fn sum<L: Lanes>(run: &SumRun<'_>) {
 unsafe fn sum_tile<L: Lanes, const FULL: bool>(run: &SumRun<'_>, first: usize, count: usize) {
     // SAFETY: the caller's promise.
     unsafe {
-        // What has to be turned comes first where it may, since turning takes every register.
-        let (start, second) = match run.parts {
-            [start @ Part::Blocked(_), second @ (Part::F32(_) | Part::F16(_)), ..] => {
-                (second, Some(start))
-            }
-            parts => (&parts[0], parts.get(1)),
-        };
-        let mut sums = part::<L, FULL>(start, first, count);
-        for more in second.into_iter().chain(run.parts.iter().skip(2)) {
-            if let (Part::Blocked(from), true) = (more, FULL) {
-                for p in 0..L::WIDTH {
-                    sums[p] = L::add(sums[p], L::load(from.add((first + p) * L::WIDTH)));
-                }
-                continue;
-            }
+        let mut sums = part::<L, FULL>(&run.parts[0], first, count);
+        for more in &run.parts[1..] {
             let more = part::<L, FULL>(more, first, count);
             for p in 0..L::WIDTH {
                 sums[p] = L::add(sums[p], more[p]);
