@@ -41,6 +41,24 @@ fn metrics(folder: &Path) -> Vec<serde_json::Value> {
 }
 
 #[test]
+fn weights_learn_under_the_policies_asked_for() {
+    let loss = |under: Source| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = tiny();
+        config.train.under = under;
+        config.train.epochs = 1;
+        config.search.rounds = 1;
+        snn_trainer::train(&config, None, folder.path(), false, &mut ()).unwrap();
+        metrics(folder.path())[0]["loss"].as_f64().unwrap()
+    };
+    let [searched, random, full, silent] =
+        [Source::Searched, Source::Random, Source::Full, Source::Silent].map(loss);
+    // A controller that has learned nothing draws as the random sampler does.
+    assert_eq!(searched, random);
+    assert!(random != full && full != silent && silent != random, "{random} {full} {silent}");
+}
+
+#[test]
 fn a_run_leaves_a_model_whose_predictions_are_those_of_training() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("run");

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use snn_schemas::cost::{Device, Link};
 
 use super::{ConfigError, within};
+use crate::candidate::Source;
 
 /// Upper end of counts that have none of their own.
 const MANY: f64 = u32::MAX as f64;
@@ -47,6 +48,10 @@ pub struct FitConfig {
     pub epochs: usize,
     /// Images a batch; a last batch that is not full is left out, since batch norm needs it full.
     pub batch: usize,
+    /// Whose policies the weights learn under: the controller's as it is then (the paper's way; random
+    /// ones while it has learned nothing), random ones throughout, or one policy alone, full or silent:
+    /// what an exchange is worth to weights that need not serve any other.
+    pub under: Source,
     /// M of equation 9: policies sampled a batch. Each costs a pass.
     pub policies_per_batch: usize,
     /// Learning rate at the start.
@@ -68,6 +73,7 @@ impl Default for FitConfig {
         FitConfig {
             epochs: 200,                                   // section 4.2, for all its networks
             batch: 128,                                    // section 4.2
+            under: Source::Searched,                       // section 4.2
             policies_per_batch: 1, // unstated; ENAS, whose method this is, uses 1
             lr: 0.1,               // section 4.2
             decay: Decay::Step { every: 50, factor: 0.1 }, // section 4.2

@@ -7,7 +7,7 @@ use snn_schemas::Policy;
 
 use super::Run;
 use super::folder::{BEST, CHECKPOINTS};
-use crate::candidate::Candidate;
+use crate::candidate::{self, Candidate, Source};
 use crate::checkpoint;
 use crate::controller::{policies, random_policies};
 use crate::error::TrainError;
@@ -66,10 +66,13 @@ impl Run<'_> {
             return Ok(vec![vec![self.config.silent()]; batches]);
         }
         let mut rng = rng(self.config.seed, "policies", epoch);
-        // A controller that has learned nothing is the random sampler, only slower.
-        let all = match self.state.ledger.main.steps {
-            0 => random_policies(self.config, batches * each, &mut rng),
-            _ => {
+        let random = |rng| random_policies(self.config, batches * each, rng);
+        let all = match (self.config.train.under, self.state.ledger.main.steps) {
+            (Source::Full, _) => vec![candidate::full(self.config); batches * each],
+            (Source::Silent, _) => vec![self.config.silent(); batches * each],
+            // A controller that has learned nothing is the random sampler, only slower.
+            (Source::Random, _) | (Source::Searched, 0) => random(&mut rng),
+            (Source::Searched, _) => {
                 let controller = self.state.main.controller.valid();
                 policies(self.config, controller.sample(batches * each, &mut rng)?.steps)
             }
