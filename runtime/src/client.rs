@@ -6,14 +6,16 @@
 //! in size before it is decoded. Dropping a client disconnects it.
 
 use std::net::{TcpStream, ToSocketAddrs as _};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use snn_schemas::manifest::Port;
 use snn_schemas::wire;
-use tokio::sync::mpsc;
+use tokio::sync::{OnceCell, mpsc};
 use zenoh::Session;
+use zenoh::key_expr::KeyExpr;
 use zenoh::query::{ConsolidationMode, QueryTarget};
 
 use crate::key::ClusterKey;
@@ -99,10 +101,44 @@ pub struct ClusterInfo {
     pub metadata: Vec<(String, String)>,
 }
 
+/// A cluster that is asked for inferences over a session.
+#[derive(Clone, Debug)]
+pub(crate) struct Asked {
+    session: Session,
+    split: String,
+    everybody: Arc<OnceCell<KeyExpr<'static>>>,
+}
+
+impl Asked {
+    pub(crate) fn new(session: Session, split: String) -> Asked {
+        Asked { session, split, everybody: Arc::default() }
+    }
+
+    /// The session.
+    pub(crate) fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// The cluster's split.
+    pub(crate) fn split(&self) -> &str {
+        &self.split
+    }
+
+    /// The key under which whoever computes the entry rank is asked. It is declared: of a key with `*` that
+    /// nobody has declared zenoh works out for each question anew who answers under it.
+    async fn everybody(&self) -> Result<KeyExpr<'static>, AskError> {
+        let declared = self.everybody.get_or_try_init(|| async {
+            self.session.declare_keyexpr(all_keys(&infer_key(&self.split))).await
+        });
+        let error = |error: zenoh::Error| AskError::Session { reason: one_line(&error) };
+        declared.await.cloned().map_err(error)
+    }
+}
+
 /// A connection to a cluster.
 #[derive(Debug)]
 pub struct Client {
-    session: Session,
+    asked: Asked,
     info: ClusterInfo,
 }
 
@@ -145,7 +181,8 @@ impl Client {
             let left = deadline.saturating_duration_since(Instant::now());
             let answers = ask(&session, "snn/*/info/*", Bytes::new(), left).await?;
             if let Some(json) = answers.into_iter().next() {
-                return Ok(Client { info: parse(&json)?, session });
+                let info: ClusterInfo = parse(&json)?;
+                return Ok(Client { asked: Asked::new(session, info.split.clone()), info });
             }
             if Instant::now() + ASK_AGAIN >= deadline {
                 return Err(AskError::NoEntry);
@@ -168,7 +205,7 @@ impl Client {
         let inputs_bytes = inputs.iter().map(|input| size_of_val(input.data()));
         let bytes = inputs_bytes.sum::<usize>().max(outputs.sum::<usize>() * size_of::<f32>());
         let way = if bytes > PASSED_ON { Way::Door } else { Way::Straight };
-        infer(&self.session, &self.info.split, way, inputs, within).await
+        infer(&self.asked, way, inputs, within).await
     }
 
     /// What each node has counted since it started, by rank; nodes that do not answer are left out.
@@ -177,7 +214,7 @@ impl Client {
     /// A connection that has ended, or a report that cannot be read.
     pub async fn reports(&self, within: Duration) -> Result<Vec<NodeReport>, AskError> {
         let key = all_reports_key(&self.info.split);
-        let answers = ask(&self.session, &key, Bytes::new(), within).await?;
+        let answers = ask(&self.asked.session, &key, Bytes::new(), within).await?;
         let mut reports =
             answers.iter().map(parse).collect::<Result<Vec<NodeReport>, AskError>>()?;
         reports.sort_by_key(|report| report.rank);
@@ -190,12 +227,12 @@ impl Client {
     /// # Errors
     /// A connection that has ended, or a record that cannot be read.
     pub async fn trace(&self, within: Duration) -> Result<Vec<trace::Aligned>, AskError> {
-        clock::gather(&self.session, (&self.info.split, self.info.nodes), within).await
+        clock::gather(&self.asked.session, (&self.info.split, self.info.nodes), within).await
     }
 
     /// Disconnects.
     pub async fn close(&self) {
-        if let Err(error) = self.session.close().await {
+        if let Err(error) = self.asked.session.close().await {
             tracing::debug!(reason = one_line(&error), "session did not close cleanly");
         }
     }
@@ -235,14 +272,18 @@ pub(crate) enum Way {
 
 impl Way {
     /// The key to ask under.
-    async fn key(self, session: &Session, split: &str) -> String {
-        match self {
-            Way::Straight => all_keys(&infer_key(split)),
+    async fn key(self, asked: &Asked) -> Result<KeyExpr<'static>, AskError> {
+        let door = match self {
+            Way::Straight => None,
             // A router asks nobody, and passes on whatever it is given.
-            Way::Door => match session.info().peers_zid().await.next() {
-                Some(process) => door_key(split, &process.to_string()),
-                None => all_keys(&infer_key(split)),
-            },
+            Way::Door => asked.session.info().peers_zid().await.next(),
+        };
+        match door {
+            Some(process) => {
+                let key = KeyExpr::new(door_key(&asked.split, &process.to_string()));
+                key.map_err(|error| AskError::Session { reason: one_line(&error) })
+            }
+            None => asked.everybody().await,
         }
     }
 }
@@ -252,8 +293,7 @@ impl Way {
 /// lost on the way back. Whoever is asked twice answers the same, and the first answer counts; a refusal
 /// counts only once nobody else is working on the question.
 pub(crate) async fn infer(
-    session: &Session,
-    split: &str,
+    cluster: &Asked,
     way: Way,
     inputs: Vec<Tensor>,
     within: Duration,
@@ -263,9 +303,9 @@ pub(crate) async fn infer(
     let (hear, mut heard) = mpsc::unbounded_channel();
     let (mut asked, mut silence, mut refusal) = (0, SILENCE, None);
     loop {
-        let key = way.key(session, split).await;
+        let key = way.key(cluster).await?;
         let left = deadline.saturating_duration_since(Instant::now());
-        ask_once(session, &key, question.clone(), left, hear.clone()).await?;
+        ask_once(&cluster.session, &key, question.clone(), left, hear.clone()).await?;
         asked += 1;
         while asked > 0 {
             // A question that has ended on its way has nothing more to say, and is not waited for.
@@ -319,7 +359,7 @@ impl Drop for Hearing {
 /// Asks everybody who answers under `key`, and tells `hear` of each reply, and of the end.
 async fn ask_once(
     session: &Session,
-    key: &str,
+    key: &KeyExpr<'static>,
     question: Bytes,
     within: Duration,
     hear: mpsc::UnboundedSender<Heard>,
@@ -430,7 +470,6 @@ pub enum AskError {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
@@ -486,9 +525,13 @@ mod tests {
         });
     }
 
+    fn cluster(link: &Link) -> Asked {
+        Asked::new(link.session().clone(), SPLIT.to_owned())
+    }
+
     async fn infer_through(link: &Link) -> (Result<f32, String>, Duration) {
         let start = Instant::now();
-        let answer = infer(link.session(), SPLIT, Way::Straight, Vec::new(), WITHIN).await;
+        let answer = infer(&cluster(link), Way::Straight, Vec::new(), WITHIN).await;
         let answer = answer.map(|answer| answer.outputs[0].data()[0]);
         (answer.map_err(|error| error.to_string()), start.elapsed())
     }
@@ -543,18 +586,19 @@ mod tests {
         let stop = tokio::spawn(answer_questions(guests, |_, _| async {
             Ok::<_, String>(answer_of(1.0))
         }));
-        let key = all_keys(&infer_key(SPLIT));
+        // As inferences are asked for: zenoh keeps a route for a declared key.
+        let key = cluster(&asker).everybody().await.unwrap();
         let question = wire::Infer { within: WITHIN, inputs: Vec::new() }.encode();
         let answers = async || {
             let start = Instant::now();
-            let answers = ask(asker.session(), &key, question.clone(), SOON).await.unwrap();
-            assert!(
-                start.elapsed() < SOON,
-                "{} answers after {:?}",
-                answers.len(),
-                start.elapsed()
-            );
-            answers.len()
+            let (hear, mut heard) = mpsc::unbounded_channel();
+            ask_once(asker.session(), &key, question.clone(), SOON, hear).await.unwrap();
+            let mut answers = 0;
+            while let Some(Heard::Reply(_)) = heard.recv().await {
+                answers += 1;
+            }
+            assert!(start.elapsed() < SOON, "{answers} answers after {:?}", start.elapsed());
+            answers
         };
         let until = async |count: usize| {
             let deadline = Instant::now() + SOON;

@@ -14,7 +14,7 @@ use tokio::sync::OnceCell;
 use zenoh::Session;
 
 use crate::client::{
-    self, AskError, ClusterInfo, Way, all_keys, all_reports_key, ask, info_key, parse,
+    self, AskError, Asked, ClusterInfo, Way, all_keys, all_reports_key, ask, info_key, parse,
 };
 use crate::node::NodeReport;
 use crate::transport::BoxFuture;
@@ -83,8 +83,7 @@ type TellOwn = Box<dyn Fn() -> Own + Send + Sync>;
 
 /// A process's way to its cluster.
 pub struct ClusterAsker {
-    session: Session,
-    split: String,
+    asked: Asked,
     nodes: usize,
     own: TellOwn,
     info: OnceCell<Arc<ClusterInfo>>,
@@ -93,14 +92,14 @@ pub struct ClusterAsker {
 impl ClusterAsker {
     /// The way to the cluster of `info`, over the session of a process that `own` tells of.
     pub(crate) fn new(session: Session, info: &ShardInfo, own: TellOwn) -> ClusterAsker {
-        let (split, nodes, info) = (info.split.clone(), info.nodes, OnceCell::new());
-        ClusterAsker { session, split, nodes, own, info }
+        let asked = Asked::new(session, info.split.clone());
+        ClusterAsker { asked, nodes: info.nodes, own, info: OnceCell::new() }
     }
 
     async fn ask_model(&self, within: Duration) -> Result<Arc<ClusterInfo>, Unanswered> {
         let found = self.info.get_or_try_init(|| async {
-            let key = all_keys(&info_key(&self.split));
-            let answers = ask(&self.session, &key, Bytes::new(), within).await?;
+            let key = all_keys(&info_key(self.asked.split()));
+            let answers = ask(self.asked.session(), &key, Bytes::new(), within).await?;
             let json = answers.first().ok_or(AskError::NoEntry)?;
             Ok::<_, AskError>(Arc::new(parse(json)?))
         });
@@ -108,9 +107,9 @@ impl ClusterAsker {
     }
 
     async fn ask_reports(&self) -> Vec<NodeReport> {
-        let key = all_reports_key(&self.split);
+        let key = all_reports_key(self.asked.split());
         let answers =
-            ask(&self.session, &key, Bytes::new(), REPORT_WITHIN).await.unwrap_or_default();
+            ask(self.asked.session(), &key, Bytes::new(), REPORT_WITHIN).await.unwrap_or_default();
         let mut reports: Vec<NodeReport> =
             answers.iter().filter_map(|answer| parse(answer).ok()).collect();
         reports.sort_by_key(|report| report.rank);
@@ -131,7 +130,7 @@ impl Asker for ClusterAsker {
         // The process that computes the entry rank answers, whoever that is, this one included.
         Box::pin(async move {
             let way = Way::Straight;
-            Ok(client::infer(&self.session, &self.split, way, inputs, within).await?)
+            Ok(client::infer(&self.asked, way, inputs, within).await?)
         })
     }
 

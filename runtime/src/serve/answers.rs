@@ -11,7 +11,7 @@ use bytes::Bytes;
 use snn_schemas::wire;
 
 use super::ServeError;
-use crate::client::{self, ClusterInfo, Way, infer_key, info_key, own_key, report_key};
+use crate::client::{self, Asked, ClusterInfo, Way, infer_key, info_key, own_key, report_key};
 use crate::node::{InferError, Node};
 use crate::questions::{Questions, answer_questions, queryable, reply};
 use crate::shard::Shard;
@@ -102,9 +102,10 @@ async fn try_answer(
 /// Asks the cluster for those who are connected to this process alone: what they say may be larger than
 /// what a process can pass on.
 pub(super) async fn ask_for_others(link: Link, split: String, questions: Questions) {
+    let cluster = Asked::new(link.session().clone(), split);
     let ask = move |inputs, within| {
-        let (session, split) = (link.session().clone(), split.clone());
-        async move { client::infer(&session, &split, Way::Straight, inputs, within).await }
+        let cluster = cluster.clone();
+        async move { client::infer(&cluster, Way::Straight, inputs, within).await }
     };
     answer_questions(questions, ask).await;
 }
