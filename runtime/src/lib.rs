@@ -26,6 +26,7 @@ pub mod watch;
 
 pub mod node;
 
+pub mod kept;
 pub mod knowledge;
 pub mod membership;
 pub mod questions;

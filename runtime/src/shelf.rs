@@ -32,14 +32,30 @@ impl Shelf {
 
     /// Keeps a shard, if it is the one of `rank`; whether it is.
     pub fn offer(&self, rank: usize, bytes: Bytes) -> bool {
-        let fits = Shard::from_bytes(bytes.clone()).is_ok_and(|shard| {
-            let info = shard.identity();
-            (&info.split, info.rank) == (&self.split, rank)
-        });
+        let fits = self.rank_of(&bytes).is_ok_and(|found| found == rank);
         if fits {
             self.shards().entry(rank).or_insert(bytes);
         }
         fits
+    }
+
+    /// Keeps a shard of whichever rank.
+    ///
+    /// # Errors
+    /// Why it is none of this split's.
+    pub fn take(&self, bytes: Bytes) -> Result<(), String> {
+        let rank = self.rank_of(&bytes)?;
+        self.shards().entry(rank).or_insert(bytes);
+        Ok(())
+    }
+
+    fn rank_of(&self, bytes: &Bytes) -> Result<usize, String> {
+        let shard = Shard::from_bytes(bytes.clone()).map_err(|error| error.to_string())?;
+        let info = shard.identity();
+        match info.split == self.split {
+            true => Ok(info.rank),
+            false => Err("a shard of another split".to_owned()),
+        }
     }
 
     /// The file of a rank's shard.

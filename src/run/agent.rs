@@ -90,6 +90,7 @@ fn keeper(agent: &args::Agent) -> Result<Keeper> {
         key: agent.key.as_deref().map(absolute).transpose()?,
         insecure: agent.insecure,
         threads: agent.threads,
+        grace: agent.grace,
     })
 }
 

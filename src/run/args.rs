@@ -35,6 +35,8 @@ Examples:
       snn-run --local net.shards --http 8000
   A node that serves HTTPS to the network; clients know it by what snnc key authority prints:
       snn-run net.shards/shard_1.onnx --key cluster.key --https 0.0.0.0:8000
+  A node that answers after a power cut even if others never return:
+      snn-run net.shards/shard_1.onnx --key cluster.key --keep /var/lib/snn/kept
   Wait on a device for what \"snnc deploy\" sends:
       snn-run --agent --key cluster.key --dir /var/lib/snn
   The same as four devices of 5 GFLOP/s would, on links of 300 Mbit/s:
@@ -61,6 +63,7 @@ Example:
     subcommand_negates_reqs = true,
     group(ArgGroup::new("what").required(true).args(["shard", "local", "agent", "profile"])),
     group(ArgGroup::new("serving").args(["http", "https"])),
+    group(ArgGroup::new("keeping").args(["keep", "agent"]).multiple(true)),
 )]
 pub struct Args {
     #[command(subcommand)]
@@ -122,6 +125,15 @@ pub struct Args {
     /// as degraded; to be given to every node
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=MAX_SETTING_MS), conflicts_with_all = ["local", "agent"], help_heading = "One node")]
     degrade: Option<u64>,
+
+    /// Keep in this folder what other nodes hand over, for a restart of all: shards, and that the cluster has
+    /// been complete. Whoever does not come back is then stood in for. Agents do so in --dir
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["local", "agent", "no_takeover"], help_heading = "One node")]
+    keep: Option<PathBuf>,
+
+    /// How long nodes may stay away after a restart of all, before others stand in for them
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds, requires = "keeping", help_heading = "One node")]
+    grace: Duration,
 
     /// Give up when peers are still missing after this long [default: keep trying]
     #[arg(long, value_name = "SECONDS", value_parser = seconds, conflicts_with_all = ["local", "agent"], help_heading = "One node")]
@@ -281,6 +293,8 @@ pub struct Node {
     pub insecure: bool,
     /// Whether to stand in for nodes that are gone.
     pub takeover: bool,
+    /// Where to keep what a restart of all nodes needs, and how long absent ones are waited for then.
+    pub keep: Option<(PathBuf, Duration)>,
     /// How long a tensor is waited for, where not as long as the request may take.
     pub degrade: Option<Duration>,
     /// Where to serve HTTP.
@@ -312,6 +326,8 @@ pub struct Agent {
     pub name: Option<String>,
     /// Compute threads of its nodes.
     pub threads: usize,
+    /// How long its nodes wait for absent ones after a restart of all.
+    pub grace: Duration,
     /// Where to serve HTTP.
     pub http: Option<Settings>,
 }
@@ -409,6 +425,7 @@ impl Args {
                 dir: self.dir.unwrap_or_else(state_dir),
                 name: self.name,
                 threads,
+                grace: self.grace,
                 http,
             }),
             (None, None) => Mode::Node(Node {
@@ -421,6 +438,7 @@ impl Args {
                 key: self.key,
                 insecure: self.insecure,
                 takeover: !self.no_takeover,
+                keep: self.keep.map(|dir| (dir, self.grace)),
                 degrade: self.degrade.map(Duration::from_millis),
                 http,
                 trace: self.trace,
@@ -485,6 +503,11 @@ mod tests {
         let line = "snn-run --agent --https 8000 --https-cert c --https-key k --http-within 3";
         let own = |http: &Settings| matches!(http.encryption, Encryption::Own { .. });
         assert!(matches!(mode(line), Mode::Agent(a) if a.http.as_ref().is_some_and(own)));
+        let line = "snn-run d/shard_1.onnx --keep k --grace 5";
+        let five = Some((PathBuf::from("k"), Duration::from_secs(5)));
+        assert!(matches!(mode(line), Mode::Node(n) if n.keep == five));
+        let five = Duration::from_secs(5);
+        assert!(matches!(mode("snn-run --agent --grace 5"), Mode::Agent(a) if a.grace == five));
         let line = "snn-run --local d --device 20x --link 300mbit,0.3ms";
         assert!(matches!(mode(line), Mode::Local(l) if l.device.is_some() && l.link.is_some()));
     }
@@ -512,6 +535,10 @@ mod tests {
             "snn-run d/shard_1.onnx --https-cert c.pem --https-key k.pem",
             "snn-run --local d --https 8000",
             "snn-run d/shard_1.onnx --dir state",
+            "snn-run d/shard_1.onnx --keep k --no-takeover",
+            "snn-run d/shard_1.onnx --grace 5",
+            "snn-run --local d --keep k",
+            "snn-run --agent --keep k",
             "snn-run d/shard_1.onnx --agent",
             "snn-run --agent --json",
             "snn-run --agent --local d",

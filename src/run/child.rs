@@ -76,6 +76,8 @@ pub(super) struct Device {
     pub(super) cluster: String,
     /// How long a tensor is waited for, where not as long as the request may take.
     pub(super) degrade: Option<Duration>,
+    /// Where to keep what a restart of all nodes needs, and how long absent ones are waited for then.
+    pub(super) keep: (PathBuf, Duration),
 }
 
 /// One child. It ends when its pipe does: when it is told to, and when whoever holds this ends.
@@ -221,6 +223,7 @@ fn serve_child(orders: &Orders) -> Result<()> {
         cluster: device.map(|device| device.cluster.clone()),
         // Where a process of one machine dies, that is worth knowing, not hiding.
         takeover: device.is_some(),
+        keep: device.map(|device| device.keep.clone()),
         degrade: device.and_then(|device| device.degrade),
         http: orders.http.clone(),
         open_http: orders.insecure,
@@ -235,6 +238,7 @@ fn serve_child(orders: &Orders) -> Result<()> {
         Progress::Listening(address) => say(&format!("listening {address}")),
         Progress::Http(url) => say(&format!("http {}", url.address)),
         Progress::Waiting(_) | Progress::StandingIn(_) | Progress::Through(_) => {}
+        Progress::Unaided(obstacle) => tracing::warn!("{obstacle}"),
         Progress::Ready => say("ready"),
     };
     let stop = async {

@@ -5,7 +5,7 @@
 //! Between a death and the next start there is a pause, longer each time, so that a node that cannot
 //! live does not keep a device busy.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -24,6 +24,9 @@ const LIVED: Duration = Duration::from_secs(60);
 /// News queued from a node: a handful.
 const NEWS_QUEUE: usize = 16;
 
+/// Folder beside a version's own files in which its node keeps what a restart of all nodes needs.
+const KEPT: &str = "kept";
+
 /// Starts nodes, all in the same way.
 pub(super) struct Keeper {
     /// Executable that becomes the nodes.
@@ -34,10 +37,13 @@ pub(super) struct Keeper {
     pub(super) insecure: bool,
     /// Compute threads of a node.
     pub(super) threads: usize,
+    /// How long they wait for absent ones after a restart of all.
+    pub(super) grace: Duration,
 }
 
 impl Launcher for Keeper {
     fn launch(&self, order: NodeOrder) -> std::io::Result<Box<dyn Launched>> {
+        let folder = order.shard.parent().unwrap_or(Path::new("")).join(KEPT);
         let orders = Orders {
             shard: order.shard,
             peers: order.peers,
@@ -52,6 +58,7 @@ impl Launcher for Keeper {
                 insecure: self.insecure,
                 cluster: order.version.as_str().to_owned(),
                 degrade: order.settings.degrade_ms.map(Duration::from_millis),
+                keep: (folder, self.grace),
             }),
         };
         let executable = Some(self.executable.clone());

@@ -19,7 +19,7 @@ use bytes::Bytes;
 use snn_runtime::Shard;
 use snn_runtime::http::Relay;
 use snn_runtime::knowledge::Knowledge;
-use snn_runtime::serve::{Server, ServerOptions};
+use snn_runtime::serve::{Obstacle, Server, ServerOptions};
 use snn_runtime::transport::zenoh::{DEFAULT_LISTEN, FROZEN_AFTER, Link, Options};
 use snn_schemas::manifest::{MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest};
 use snn_schemas::metadata::ShardInfo;
@@ -62,6 +62,8 @@ pub(super) struct Setup {
     pub(super) cluster: Option<String>,
     /// Whether to stand in for nodes that are gone.
     pub(super) takeover: bool,
+    /// Where to keep what a restart of all nodes needs, and how long absent ones are waited for then.
+    pub(super) keep: Option<(PathBuf, Duration)>,
     /// How long a tensor is waited for, where not as long as the request may take.
     pub(super) degrade: Option<Duration>,
     /// Where to serve HTTP.
@@ -95,6 +97,8 @@ pub(super) enum Progress<'a> {
     Ready,
     /// This node stands in for these ranks.
     StandingIn(&'a BTreeSet<usize>),
+    /// Nobody stands in for ranks that have been waited for, and why.
+    Unaided(&'a Obstacle),
 }
 
 /// Runs `snn-run SHARD.onnx`.
@@ -114,6 +118,7 @@ pub(super) async fn node(node: args::Node) -> Result<ExitCode> {
         insecure: node.insecure,
         cluster: None,
         takeover: node.takeover,
+        keep: node.keep,
         degrade: node.degrade,
         http: node.http,
         open_http: node.insecure,
@@ -143,6 +148,7 @@ pub(super) async fn node(node: args::Node) -> Result<ExitCode> {
         Progress::StandingIn(taken) => {
             super::progress(format_args!("standing in for {}", ranks(taken)));
         }
+        Progress::Unaided(obstacle) => super::progress(obstacle),
     };
     let stop = async {
         if let Err(error) = super::interrupted().await {
@@ -169,7 +175,7 @@ pub(super) async fn serve(
     tokio::pin!(stop);
     let mut setup = setup.clone();
     let mut rejoining_until = None;
-    let knowledge = read(&setup.shard).with_context(|| file.clone())?;
+    let knowledge = read(&setup).with_context(|| file.clone())?;
     let ShardInfo { nodes, rank, .. } = *knowledge.shard().identity();
     let relay = Arc::new(Relay::new(nodes, rank));
     let mut http = match &setup.http {
@@ -239,9 +245,13 @@ enum Left {
     AloneWithRouter,
 }
 
-fn read(shard: &Path) -> Result<Arc<Knowledge>> {
-    let bytes = Bytes::from(fs::read(shard).context("read")?);
-    Ok(Arc::new(Knowledge::new(bytes).context("shard")?))
+fn read(setup: &Setup) -> Result<Arc<Knowledge>> {
+    let bytes = Bytes::from(fs::read(&setup.shard).context("read")?);
+    let mut knowledge = Knowledge::new(bytes).context("shard")?;
+    if let Some((dir, grace)) = &setup.keep {
+        knowledge.keep_in(dir, *grace);
+    }
+    Ok(Arc::new(knowledge))
 }
 
 async fn start(
@@ -286,6 +296,7 @@ async fn stay(
     let deadline = setup.timeout.map(|timeout| start + timeout);
     let mut told = None;
     let mut told_taken = BTreeSet::new();
+    let mut told_obstacle = None;
     loop {
         // Others may meet by multicast; somebody who was named is meant to be of the same cluster.
         if let Some(fault) = server.fault().filter(|_| !setup.is_open()) {
@@ -318,6 +329,13 @@ async fn stay(
                 false => tell(Progress::Waiting(&missing)),
             }
             told = Some(missing);
+        }
+        let obstacle = server.obstacle();
+        if obstacle != told_obstacle {
+            if let Some(obstacle) = &obstacle {
+                tell(Progress::Unaided(obstacle));
+            }
+            told_obstacle = obstacle;
         }
         let looked = Instant::now();
         tokio::time::sleep(LOOK_EVERY).await;

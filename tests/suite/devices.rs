@@ -5,6 +5,7 @@
 //! must be right, and there within its deadline and one takeover.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -57,6 +58,14 @@ impl Devices {
     /// Four nodes on this machine.
     pub(crate) fn start(folder: tempfile::TempDir) -> Devices {
         Devices::start_at(folder, free_places(4).into_iter().map(Place::here).collect(), &[])
+    }
+
+    /// Four nodes on this machine, each with its own shard alone, that keep in `kept` what they are handed.
+    pub(crate) fn start_keeping(folder: tempfile::TempDir, kept: &Path) -> Devices {
+        // Without it nobody looks for the shards of others beside its own.
+        std::fs::remove_file(folder.path().join("cluster.json")).unwrap();
+        let places = free_places(4).into_iter().map(Place::here).collect();
+        Devices::start_at(folder, places, &["--keep", kept.to_str().unwrap(), "--grace", "1"])
     }
 
     /// Four nodes on this machine that serve HTTP, and where.

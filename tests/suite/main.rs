@@ -15,6 +15,7 @@ mod site;
 
 mod agents;
 mod boards;
+mod coldstart;
 mod commands;
 mod degrade;
 mod deploy;

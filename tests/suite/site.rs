@@ -16,7 +16,7 @@ use snn_schemas::{Dtype, Policy};
 
 use crate::cluster::PATIENCE;
 use crate::fixtures::{Net, residual};
-use crate::processes::SNN_RUN;
+use crate::processes::{SNN_RUN, children};
 use crate::{assert_close, image, reference, ring, split};
 
 pub(crate) fn net() -> Net {
@@ -55,7 +55,7 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    fn start(dir: &Path, key: Option<&Path>, name: &str) -> Device {
+    fn start(dir: &Path, key: Option<&Path>, name: &str, more: &[&str]) -> Device {
         let mut arguments: Vec<String> =
             ["--agent", "--name", name, "--dir"].map(Into::into).into();
         arguments.push(dir.display().to_string());
@@ -65,14 +65,30 @@ impl Device {
         // Tests share the machine: what is slow there is not lost.
         arguments.extend(["--http-within".to_owned(), PATIENCE.as_secs().to_string()]);
         arguments.extend(key.iter().flat_map(|key| ["--key".into(), key.display().to_string()]));
+        arguments.extend(more.iter().map(|&argument| argument.to_owned()));
         let (process, address, front, http) = spawn(&arguments);
         Device { process, arguments, dir: dir.to_owned(), address, front, http }
     }
 
     /// Pulls the plug, and plugs it in again.
     pub(crate) fn restart(&mut self) {
+        self.pull_the_plug();
+        self.plug_in();
+    }
+
+    /// The agent and its nodes end at once.
+    pub(crate) fn pull_the_plug(&mut self) {
+        let nodes = children(self.process.id());
         self.process.kill().unwrap();
         self.process.wait().unwrap();
+        for node in nodes {
+            // It may have ended with its agent.
+            let mut kill = Command::new("kill");
+            let _ = kill.args(["-KILL", &node.to_string()]).stderr(Stdio::null()).status();
+        }
+    }
+
+    pub(crate) fn plug_in(&mut self) {
         (self.process, self.address, self.front, self.http) = spawn(&self.arguments);
     }
 }
@@ -110,6 +126,11 @@ pub(crate) struct Site {
 
 impl Site {
     pub(crate) fn new(count: usize) -> Site {
+        Site::with(count, &[])
+    }
+
+    /// Devices whose agents are given more arguments.
+    pub(crate) fn with(count: usize, more: &[&str]) -> Site {
         let folder = tempfile::tempdir().unwrap();
         let key = folder.path().join("cluster.key");
         let made = Command::new(env!("CARGO_BIN_EXE_snnc"))
@@ -118,18 +139,18 @@ impl Site {
             .output()
             .unwrap();
         assert!(made.status.success());
-        Site::start(count, folder, Some(key))
+        Site::start(count, folder, Some(key), more)
     }
 
     /// Devices that let anybody in who is on the same machine.
     pub(crate) fn without_key(count: usize) -> Site {
-        Site::start(count, tempfile::tempdir().unwrap(), None)
+        Site::start(count, tempfile::tempdir().unwrap(), None, &[])
     }
 
-    fn start(count: usize, folder: tempfile::TempDir, key: Option<PathBuf>) -> Site {
+    fn start(count: usize, folder: tempfile::TempDir, key: Option<PathBuf>, more: &[&str]) -> Site {
         let start = |number: usize| {
             let name = format!("pi{number}");
-            Device::start(&folder.path().join(&name), key.as_deref(), &name)
+            Device::start(&folder.path().join(&name), key.as_deref(), &name, more)
         };
         let devices = (0..count).map(start).collect();
         Site { folder, key, devices }

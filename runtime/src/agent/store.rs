@@ -1,7 +1,8 @@
 //! An agent's files: versions, how they were started, and which one is current.
 //!
 //! Takes the folder the agent may use; keeps in it `<version>/cluster.json`, `<version>/<shard>`,
-//! `<version>/node.json` (rank, port, peers) and `current`. A file is written beside its place, checked
+//! `<version>/node.json` (rank, port, peers) and `current`; a version's nodes keep what they learn in a folder
+//! of it, which goes with the version. A file is written beside its place, checked
 //! by its SHA-256, and moved there whole; until then it is `<name>.part`, and goes on from its length.
 //! Nothing a peer says becomes a path, but digits of a version, and names that a manifest may have.
 //! One agent uses a folder at a time.

@@ -97,7 +97,8 @@ pub enum InferError {
     Stopped,
 }
 
-fn in_words(ranks: &[usize]) -> String {
+/// Ranks in words: `rank 2`, `ranks 2, 3`.
+pub(crate) fn in_words(ranks: &[usize]) -> String {
     let list: Vec<String> = ranks.iter().map(usize::to_string).collect();
     let noun = if ranks.len() == 1 { "rank" } else { "ranks" };
     format!("{noun} {}", list.join(", "))

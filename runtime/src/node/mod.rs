@@ -28,6 +28,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+pub(crate) use self::error::in_words;
 pub use self::error::{InferError, StartError};
 pub use self::report::{NodeReport, ReceiveReport, SendReport};
 

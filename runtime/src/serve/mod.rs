@@ -8,7 +8,9 @@
 //! With [`ServerOptions::takeover`] a process stands in for ranks whose own processes are gone, as
 //! [`membership`](crate::membership) tells, once the cluster has been complete; requests that a loss
 //! interrupts are run again from their inputs. It gives a rank back when its own process returns. For
-//! this every process keeps the shards of all ranks, fetched from peers where it must be.
+//! this every process keeps the shards of all ranks, fetched from peers where it must be; with a folder
+//! ([`Knowledge::keep_in`]) on disk too, so that after a start of all of them those who never return are
+//! stood in for as well. [`Server::obstacle`] says why nobody is.
 //!
 //! Shutting down, or dropping the server, ends every task it started.
 
@@ -26,6 +28,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use self::answers::{Reruns, answer, ask_for_others};
+pub use self::takeover::Obstacle;
 use crate::client::{door_key, shard_key};
 use crate::engine::Engine;
 use crate::http::{Asker, ClusterAsker, Own};
@@ -74,6 +77,8 @@ struct Process {
     members: watch::Receiver<Members>,
     reruns: Reruns,
     ranks: Mutex<BTreeMap<usize, Computed>>,
+    /// Ranks whose shards were asked for, and nobody had.
+    sought: Mutex<BTreeSet<usize>>,
 }
 
 /// A rank that this process computes.
@@ -98,10 +103,17 @@ impl Server {
     ) -> Result<Server, ServeError> {
         let info = knowledge.shard().identity().clone();
         let (members, watch) = link.members(&info.split).await?;
-        let ranks = Mutex::default();
-        let reruns = Reruns::new(options.takeover || options.degrade.is_some());
-        let process = Process { link, engines, options, info, knowledge, members, reruns, ranks };
-        let process = Arc::new(process);
+        let process = Arc::new(Process {
+            link,
+            engines,
+            options,
+            info,
+            knowledge,
+            members,
+            reruns: Reruns::new(options.takeover || options.degrade.is_some()),
+            ranks: Mutex::default(),
+            sought: Mutex::default(),
+        });
         process.compute(process.knowledge.shard(), Role::Home).await?;
         let mut tasks = JoinSet::new();
         let questions = queryable(&process.link, &shard_key(&process.info.split, "*")).await?;
@@ -112,6 +124,7 @@ impl Server {
         if options.takeover {
             tasks.spawn(Arc::clone(&process).gather_shards());
             tasks.spawn(Arc::clone(&process).stand_in());
+            tasks.spawn(Arc::clone(&process).keep_on_disk());
         }
         Ok(Server { process, tasks, _watch: watch })
     }
@@ -138,6 +151,12 @@ impl Server {
     pub fn stands_in_for(&self) -> BTreeSet<usize> {
         let own = self.process.info.rank;
         self.process.ranks().keys().copied().filter(|&rank| rank != own).collect()
+    }
+
+    /// Why nobody stands in for ranks that have been waited for long enough; nothing where nothing is kept on
+    /// disk, or nobody is missing.
+    pub fn obstacle(&self) -> Option<Obstacle> {
+        self.process.obstacle(&self.missing())
     }
 
     /// What makes this process unable to take part, if anything does.
@@ -196,6 +215,10 @@ impl Server {
 impl Process {
     fn ranks(&self) -> MutexGuard<'_, BTreeMap<usize, Computed>> {
         self.ranks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn sought(&self) -> MutexGuard<'_, BTreeSet<usize>> {
+        self.sought.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn shelf(&self) -> &Shelf {

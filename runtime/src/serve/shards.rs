@@ -1,4 +1,5 @@
-//! How shards get around: every process asks its peers for those it lacks, and hands out those it has.
+//! How shards get around: every process asks its peers for those it lacks, hands out those it has, and keeps
+//! on disk what it was given, where it has a folder for that.
 //!
 //! A shard travels in chunks, one a question; whoever answers first is taken at his word until the whole is
 //! there, and the shelf keeps it only if it is what it should be.
@@ -11,6 +12,7 @@ use zenoh::query::{ConsolidationMode, QueryTarget};
 
 use super::Process;
 use crate::client::shard_key;
+use crate::kept::{Kept, MAX_SHARD};
 use crate::questions::{Questions, reply};
 use crate::transport::zenoh::{into_bytes, one_line};
 
@@ -19,10 +21,10 @@ const FETCH_WITHIN: Duration = Duration::from_secs(10);
 /// Bytes of a shard that travel at once. Everything between two nodes shares one connection: on a link
 /// of 1 Mbit/s these take a tenth of the time after which silence counts as death.
 const CHUNK: usize = 8 << 10;
-/// Largest shard fetched from peers, in bytes.
-const MAX_SHARD: usize = 1 << 30;
 /// Pause before missing shards are asked for again, where nobody has come or gone meanwhile.
 const FETCH_AGAIN: Duration = Duration::from_millis(500);
+/// Pause before what could not be written to disk is tried again: a full disk may be emptied.
+const KEEP_AGAIN: Duration = Duration::from_secs(60);
 
 impl Process {
     /// Fetches the shards of all ranks from whoever has them, as soon as he is there: should he be gone
@@ -37,8 +39,12 @@ impl Process {
                 return;
             }
             for rank in missing {
-                if let Err(error) = self.fetch(rank).await {
-                    tracing::debug!(rank, reason = one_line(&error), "shard not fetched");
+                match self.fetch(rank).await {
+                    Ok(true) => drop(self.sought().remove(&rank)),
+                    Ok(false) => drop(self.sought().insert(rank)),
+                    Err(error) => {
+                        tracing::debug!(rank, reason = one_line(&error), "shard not fetched");
+                    }
                 }
             }
             let changed = tokio::time::timeout(FETCH_AGAIN, members.changed()).await;
@@ -48,19 +54,47 @@ impl Process {
         }
     }
 
-    /// Fetches one shard, a chunk after another, from whoever answers first.
-    async fn fetch(&self, rank: usize) -> zenoh::Result<()> {
+    /// Fetches one shard, a chunk after another, from whoever answers first; whether anybody has it.
+    async fn fetch(&self, rank: usize) -> zenoh::Result<bool> {
         let mut file = Vec::new();
         while let Some((length, chunk)) = self.fetch_chunk(rank, file.len()).await? {
             file.extend_from_slice(&chunk);
             if file.len() >= length {
-                if !self.shelf().offer(rank, file.into()) {
-                    tracing::warn!(rank, "what peers gave is not the shard");
+                let file = Bytes::from(file);
+                match (self.shelf().offer(rank, file.clone()), self.knowledge.kept()) {
+                    (true, Some(kept)) => kept.shard(rank, file),
+                    (true, None) => {}
+                    (false, _) => tracing::warn!(rank, "what peers gave is not the shard"),
                 }
-                return Ok(());
+                return Ok(true);
             }
         }
-        Ok(())
+        Ok(!file.is_empty())
+    }
+
+    /// Writes to disk what is to be kept, as long as the server lives.
+    pub(super) async fn keep_on_disk(self: Arc<Self>) {
+        let Some(kept) = self.knowledge.kept() else { return };
+        let mut was_told = false;
+        loop {
+            let knowledge = Arc::clone(&self.knowledge);
+            let write = move || knowledge.kept().map_or(Ok(()), Kept::write);
+            // A panic has been reported by its hook.
+            let written = tokio::task::spawn_blocking(write).await.unwrap_or(Ok(()));
+            let failed = written.is_err();
+            match written {
+                Err(error) if !was_told => {
+                    tracing::warn!(%error, "not kept: tried again every minute")
+                }
+                Err(error) => tracing::debug!(%error, "not kept"),
+                Ok(()) => {}
+            }
+            was_told = failed;
+            tokio::select! {
+                () = kept.wait() => {}
+                () = tokio::time::sleep(KEEP_AGAIN), if failed => {}
+            }
+        }
     }
 
     /// The length of a shard, and what stands in it from `from` on.
@@ -78,7 +112,7 @@ impl Process {
         while let Ok(answer) = answers.recv_async().await {
             let bytes = answer.into_result().ok().and_then(|sample| into_bytes(sample.payload()));
             if let Some((length, chunk)) = bytes.as_ref().and_then(read_chunk)
-                && (from..=MAX_SHARD).contains(&length)
+                && (from as u64..=MAX_SHARD).contains(&(length as u64))
             {
                 return Ok(Some((length, chunk)));
             }

@@ -2,14 +2,17 @@
 //!
 //! Takes what is announced of the cluster ([`Members`](crate::membership::Members)); computes the ranks that
 //! [`hosts`] gives this process, from the shards on its shelf. Nobody is stood in for before the cluster has
-//! been complete, as far as this process or any other knows.
+//! been complete, as far as this process or any other knows. One that knows it from a note on disk alone
+//! first waits for those who are absent: they may only start more slowly.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Process;
 use crate::membership::{Homes, Role, hosts};
+use crate::node::in_words;
 use crate::shard::Shard;
 
 /// Pause before a rank that could not be taken over is tried again.
@@ -25,9 +28,16 @@ impl Process {
         let nodes = self.info.nodes;
         // A cluster that is still gathering misses nobody yet.
         if !self.knowledge.has_been_complete() {
-            let complete = members.wait_for(|members| members.have_been_complete(nodes)).await;
-            if complete.is_err() {
-                return;
+            tokio::select! {
+                complete = members.wait_for(|members| members.have_been_complete(nodes)) => {
+                    if complete.is_err() {
+                        return;
+                    }
+                }
+                () = self.remember() => {
+                    tracing::info!("the cluster was complete before this start");
+                    self.note("the others have been waited for since the start".to_owned());
+                }
             }
             self.knowledge.note_complete();
         }
@@ -70,11 +80,37 @@ impl Process {
         }
     }
 
+    /// Waits for those who are absent after a start, and returns where a note says that the cluster has been
+    /// complete before.
+    async fn remember(&self) {
+        match self.knowledge.waits_until() {
+            Some(until) if self.knowledge.was_complete() => {
+                tokio::time::sleep_until(until.into()).await;
+            }
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// Why nobody stands in for those who are `missing`.
+    pub(super) fn obstacle(&self, missing: &[usize]) -> Option<Obstacle> {
+        let until = self.knowledge.waits_until().filter(|_| self.options.takeover)?;
+        if Instant::now() < until || missing.is_empty() {
+            return None;
+        }
+        if !self.knowledge.has_been_complete() {
+            let noted = self.knowledge.was_complete();
+            return (!noted).then(|| Obstacle::NeverComplete { ranks: missing.to_vec() });
+        }
+        let sought = self.sought();
+        let ranks: Vec<usize> = missing.iter().copied().filter(|r| sought.contains(r)).collect();
+        (!ranks.is_empty()).then_some(Obstacle::NoShard { ranks })
+    }
+
     /// Begins to compute a rank whose own process is gone; whether that could be done.
     async fn take_over(&self, rank: usize) -> bool {
         let shard = self.shelf().get(rank).map(Shard::from_bytes);
         let Some(Ok(shard)) = shard else {
-            tracing::warn!(rank, "cannot stand in: its shard is not here");
+            tracing::debug!(rank, "cannot stand in: its shard is not here");
             return false;
         };
         tracing::info!(rank, "standing in");
@@ -89,6 +125,38 @@ impl Process {
             Err(error) => {
                 tracing::warn!(rank, %error, "cannot stand in");
                 false
+            }
+        }
+    }
+}
+
+/// Why nobody stands in for ranks that are absent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Obstacle {
+    /// As far as anybody knows the cluster has never been complete: it may still be gathering.
+    NeverComplete {
+        /// The ranks.
+        ranks: Vec<usize>,
+    },
+    /// Nobody who is there has their shards.
+    NoShard {
+        /// The ranks.
+        ranks: Vec<usize>,
+    },
+}
+
+impl fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Obstacle::NeverComplete { ranks } => {
+                write!(
+                    f,
+                    "nobody stands in for {}: this cluster has not been complete before",
+                    in_words(ranks)
+                )
+            }
+            Obstacle::NoShard { ranks } => {
+                write!(f, "nobody stands in for {}: no node has the shard", in_words(ranks))
             }
         }
     }
