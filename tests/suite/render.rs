@@ -5,10 +5,12 @@ use std::process::Command;
 
 use snn_compiler::Nodes;
 
+use crate::processes::SNN_RUN;
 use crate::site::{first, net, text};
 use crate::split;
 
-/// The files for other tools are what they were, but for hashes and the folder; `UPDATE=1` writes them.
+/// The files for other tools are what they were, but for hashes and the folder; `UPDATE=1` writes them. What they
+/// tell `snn-run` it knows.
 #[test]
 fn files_for_other_tools_are_as_kept() {
     let net = net();
@@ -19,6 +21,8 @@ fn files_for_other_tools_are_as_kept() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("net.shards");
     snn::compile::write(&split, &dir).unwrap();
+    let help = Command::new(SNN_RUN).arg("--help").output().unwrap();
+    let help = text(&help.stdout);
     let kept = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/suite/rendered");
     for (kind, files) in [
         ("systemd", &["snn-node-0.service", "snn-node-1.service"][..]),
@@ -45,6 +49,12 @@ fn files_for_other_tools_are_as_kept() {
             if std::env::var_os("UPDATE").is_some() {
                 std::fs::create_dir_all(&kept).unwrap();
                 std::fs::write(&path, &found).unwrap();
+            }
+            // What snn-run is told stands on lines of its own.
+            for line in found.lines().filter(|line| line.contains("snn-run")) {
+                for word in line.split([' ', '"']).filter(|word| word.starts_with("--")) {
+                    assert!(help.contains(&format!("{word} ")), "{file}: {word}");
+                }
             }
             let expected = std::fs::read_to_string(&path).unwrap();
             assert_eq!(found, expected, "{file}; UPDATE=1 cargo test --test suite writes it");

@@ -2,7 +2,8 @@
 //!
 //! Takes a bundle; writes files to a folder, and says what is left to do. Nodes listen where the manifest
 //! says, else on port [`PORT`] of every interface, and run with the given settings. The key is mounted, never written; memory is limited
-//! to what [`memory_mib`] says a node needs, and every node is started again when it ends. The same
+//! to what [`memory_mib`] says a node needs, and every node is started again when it ends. What a restart of
+//! all nodes needs is kept where a restart of the machine leaves it. The same
 //! folder gives the same bytes.
 
 use std::fmt::Write as _;
@@ -29,6 +30,8 @@ const BASE_MIB: u64 = 256;
 const TIMES_SHARDS: u64 = 6;
 /// Limits are multiples of this, in MiB.
 const STEP_MIB: u64 = 64;
+/// Where a container keeps what a restart of all nodes needs.
+const KEPT: &str = "/kept";
 /// Processes and threads of a node.
 const TASKS: u32 = 128;
 
@@ -109,7 +112,7 @@ fn systemd(bundle: &Bundle, settings: &[String]) -> (Vec<Rendered>, String) {
         let (listen, _) = listen(bundle, rank);
         let mut command = format!(
             "/usr/local/bin/snn-run /var/lib/snn/{shard} --key ${{CREDENTIALS_DIRECTORY}}/cluster.key \
-             --listen {listen} --http 127.0.0.1:{HTTP_PORT}"
+             --listen {listen} --http 127.0.0.1:{HTTP_PORT} --keep ${{STATE_DIRECTORY}}"
         );
         for word in settings.iter().cloned().chain(peers(bundle, rank)) {
             let _ = write!(command, " {word}");
@@ -128,6 +131,7 @@ fn systemd(bundle: &Bundle, settings: &[String]) -> (Vec<Rendered>, String) {
              ExecStart={command}\n\
              LoadCredential=cluster.key:/etc/snn/cluster.key\n\
              DynamicUser=yes\n\
+             StateDirectory=snn-node-{rank}\n\
              Restart=always\n\
              RestartSec=1\n\
              TimeoutStopSec=10\n\
@@ -170,7 +174,8 @@ fn command(
 ) -> Vec<String> {
     let shard = format!("/shards/{}", bundle.manifest.nodes[rank].shard);
     let (listen, https) = (format!("0.0.0.0:{PORT}"), format!("0.0.0.0:{HTTP_PORT}"));
-    let fixed = ["snn-run", &shard, "--key", key, "--listen", &listen, "--https", &https];
+    let fixed =
+        ["snn-run", &shard, "--key", key, "--listen", &listen, "--https", &https, "--keep", KEPT];
     let mut command: Vec<String> = fixed.iter().map(|&word| word.to_owned()).collect();
     command.extend_from_slice(settings);
     for other in (0..bundle.manifest.nodes.len()).filter(|&other| other != rank) {
@@ -207,7 +212,10 @@ fn compose(bundle: &Bundle, settings: &[String], image: &str) -> Result<(Vec<Ren
              - type: bind\n        \
              source: {shards}\n        \
              target: /shards\n        \
-             read_only: true\n    \
+             read_only: true\n      \
+             - type: volume\n        \
+             source: kept-{rank}\n        \
+             target: {KEPT}\n    \
              ports: [\"127.0.0.1:{}:{HTTP_PORT}\"]\n    \
              deploy:\n      \
              resources:\n        \
@@ -216,6 +224,10 @@ fn compose(bundle: &Bundle, settings: &[String], image: &str) -> Result<(Vec<Ren
             quoted_list(&command),
             usize::from(HTTP_PORT) + rank,
         );
+    }
+    text.push_str("volumes:\n");
+    for rank in 0..bundle.manifest.nodes.len() {
+        let _ = writeln!(text, "  kept-{rank}: {{}}");
     }
     text.push_str("secrets:\n  cluster.key:\n    file: ./cluster.key\n");
     let next = "put cluster.key beside it, then docker compose up -d";
@@ -308,11 +320,14 @@ spec:
           volumeMounts:
             - {{name: shards, mountPath: /shards, readOnly: true}}
             - {{name: key, mountPath: /key, readOnly: true}}
+            - {{name: kept, mountPath: {KEPT}}}
       volumes:
         - name: shards
           persistentVolumeClaim: {{claimName: snn-shards, readOnly: true}}
         - name: key
           secret: {{secretName: snn-key, defaultMode: 0400}}
+        - name: kept
+          emptyDir: {{}}
 ",
         request = BASE_MIB,
     )
