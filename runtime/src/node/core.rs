@@ -19,6 +19,7 @@ use super::error::{FrameError, InferError};
 use super::outbox::Outbox;
 use super::report::NodeReport;
 use crate::mailbox::Mailbox;
+use crate::membership::Role;
 use crate::shard::Shard;
 use crate::transport::Event;
 use crate::watch::{Kind, Log, Recorder};
@@ -91,8 +92,17 @@ impl Core {
                     self.log.note(format!("rank {rank} is computed"));
                 }
             }
-            Event::PeerDown { rank } => self.lose(rank),
+            Event::PeerDown { rank, role } => self.lose(rank, role),
+            Event::PeerChanged { rank } if self.is_other(rank) => {
+                tracing::debug!(rank, "peer is another");
+                self.give_up_requests(&format!("rank {rank} has changed hands"));
+            }
+            Event::PeerChanged { .. } => {}
         }
+    }
+
+    fn is_other(&self, rank: usize) -> bool {
+        rank < self.identity.nodes && rank != self.identity.rank
     }
 
     fn take_frame(&self, bytes: Bytes) -> Result<(), FrameError> {
@@ -118,22 +128,29 @@ impl Core {
         Ok(())
     }
 
-    fn lose(&self, rank: usize) {
-        let known = rank < self.identity.nodes && rank != self.identity.rank;
-        if known && self.missing.send_if_modified(|missing| missing.insert(rank)) {
-            tracing::debug!(rank, "peer is gone");
-            self.log.note(format!("rank {rank} is gone"));
-            let reason = format!("rank {rank} is gone");
-            let from = self.identity.rank as u16;
-            for request in self.mailbox.cancel_all(&reason) {
-                // The entry node may have noticed earlier, and begun this one since.
-                let frame = Cancel { from, request, again: true, reason: reason.clone() };
-                self.outbox.send(self.identity.entry, frame.encode(), None);
-            }
-            let asked: Vec<u64> = lock(&self.asked).keys().copied().collect();
-            for request in asked {
-                self.answer(request, Err(InferError::PeerLost { reason: reason.clone() }));
-            }
+    fn lose(&self, rank: usize, role: Role) {
+        if self.is_other(rank) && self.missing.send_if_modified(|missing| missing.insert(rank)) {
+            tracing::debug!(rank, %role, "peer is gone");
+            self.log.note(match role {
+                Role::Home => format!("rank {rank} is gone"),
+                // Its own process has returned, and will be heard of at any moment; or this one died, too.
+                Role::Guest => format!("nobody stands in for rank {rank} any more"),
+            });
+            self.give_up_requests(&format!("rank {rank} is gone"));
+        }
+    }
+
+    /// Ends all requests at hand, to be run again: what somebody who has left knew of them is lost.
+    fn give_up_requests(&self, reason: &str) {
+        let from = self.identity.rank as u16;
+        for request in self.mailbox.cancel_all(reason) {
+            // The entry node may have noticed earlier, and begun this one since.
+            let frame = Cancel { from, request, again: true, reason: reason.to_owned() };
+            self.outbox.send(self.identity.entry, frame.encode(), None);
+        }
+        let asked: Vec<u64> = lock(&self.asked).keys().copied().collect();
+        for request in asked {
+            self.answer(request, Err(InferError::PeerLost { reason: reason.to_owned() }));
         }
     }
 

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 
 use super::{BoxFuture, Event, Sink, Transport, TransportError};
+use crate::membership::Role;
 
 /// The ranks of one process.
 #[derive(Clone, Default)]
@@ -44,7 +45,7 @@ impl Network {
         let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
         members.remove(&rank);
         for member in members.values() {
-            (member.sink)(Event::PeerDown { rank });
+            (member.sink)(Event::PeerDown { rank, role: Role::Home });
         }
     }
 }

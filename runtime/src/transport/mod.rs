@@ -13,6 +13,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::membership::Role;
+
 /// A future that may move between threads.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -30,8 +32,15 @@ pub enum Event {
         /// Identity of its split.
         split: String,
     },
-    /// The peer is gone.
+    /// Nobody computes the rank any more.
     PeerDown {
+        /// The peer's rank.
+        rank: usize,
+        /// In what role the last one did.
+        role: Role,
+    },
+    /// One of several who computed the rank has left it; another goes on.
+    PeerChanged {
         /// The peer's rank.
         rank: usize,
     },

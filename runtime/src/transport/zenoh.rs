@@ -9,8 +9,8 @@
 //!   (`snn/alive/<split>/<rank>/<role>/<session>`, a liveliness token) after it listens to its frames
 //!   (`snn/<split, first 16 digits>/<rank>`). Nodes of other splits are announced too, so that the
 //!   node can refuse them.
-//! - Whenever one of those who compute a rank leaves, `PeerDown` is given, even if another is left
-//!   (then `PeerUp` follows at once): what the one knew of requests in flight the other may not.
+//! - When one of those who compute a rank leaves and another is left, `PeerChanged` is given: what the one knew
+//!   of requests in flight the other may not.
 //! - Lost connections are tried again for as long as the link lives.
 //! - Connected nodes tell each other whom they know (gossip), so one address of a cluster is enough
 //!   to join all of it; none is needed where multicast reaches ([`Options::scout`]).
@@ -289,7 +289,7 @@ impl Link {
             }
             // The lock is held while the sink is told, so that it hears of changes in their order.
             let mut present = present.lock().unwrap_or_else(PoisonError::into_inner);
-            for event in present.change(announcement, up, &cluster) {
+            if let Some(event) = present.change(announcement, up, &cluster) {
                 sink(event);
             }
         };
@@ -397,24 +397,21 @@ struct Presence(BTreeMap<(String, usize), Vec<Announcement>>);
 
 impl Presence {
     /// What a node of `cluster` is told when an announcement is made or ends.
-    fn change(&mut self, announcement: Announcement, up: bool, cluster: &str) -> Vec<Event> {
-        let Announcement { split, rank, .. } = announcement.clone();
+    fn change(&mut self, announcement: Announcement, up: bool, cluster: &str) -> Option<Event> {
+        let Announcement { split, rank, role, .. } = announcement.clone();
         let known = self.0.entry((split.clone(), rank)).or_default();
         let before = known.len();
         known.retain(|known| *known != announcement);
         if up {
             known.push(announcement);
         }
-        let after = known.len();
-        let mut events = Vec::new();
-        // That a node of another split has left says nothing about ours.
-        if after < before && split == cluster {
-            events.push(Event::PeerDown { rank });
+        match (before, known.len()) {
+            (0, 1..) => Some(Event::PeerUp { rank, split }),
+            // That a node of another split has left says nothing about ours.
+            (before, after) if after >= before || split != cluster => None,
+            (_, 0) => Some(Event::PeerDown { rank, role }),
+            _ => Some(Event::PeerChanged { rank }),
         }
-        if after > 0 && after != before && (before == 0 || after < before) {
-            events.push(Event::PeerUp { rank, split });
-        }
-        events
     }
 }
 
@@ -529,4 +526,26 @@ pub enum LinkError {
         /// How long an answer was waited for.
         within: Duration,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rank_that_is_handed_back_is_never_gone() {
+        let split = "ab".repeat(32);
+        let mut present = Presence::default();
+        let mut heard = |role, session: &str, up| {
+            let (split, session) = (split.clone(), session.to_owned());
+            let change = Announcement { split: split.clone(), rank: 0, role, session };
+            present.change(change, up, &split)
+        };
+        assert!(matches!(heard(Role::Home, "a", true), Some(Event::PeerUp { rank: 0, .. })));
+        let died = heard(Role::Home, "a", false);
+        assert!(matches!(died, Some(Event::PeerDown { rank: 0, role: Role::Home })));
+        assert!(matches!(heard(Role::Guest, "b", true), Some(Event::PeerUp { rank: 0, .. })));
+        assert!(heard(Role::Home, "c", true).is_none());
+        assert!(matches!(heard(Role::Guest, "b", false), Some(Event::PeerChanged { rank: 0 })));
+    }
 }
