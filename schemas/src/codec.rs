@@ -304,16 +304,18 @@ impl Codec {
     /// Reads the payload of elements that stay of the type that travelled (f32, f16) into `elements`.
     ///
     /// # Errors
-    /// A payload of another size or form.
+    /// A payload of another size or form, or a codec of another type.
     pub fn read_elements(&self, payload: &[u8], elements: &mut [u8]) -> Result<(), CodecError> {
+        if self.largest().is_some() {
+            return Err(CodecError::Scaled);
+        }
         let size = self.dtype.bits().div_ceil(8);
         let (_, Elements { mask, body }) = self.open_payload(payload, elements.len() / size, 0)?;
         match (mask, size) {
             (None, _) if body.len() == elements.len() => elements.copy_from_slice(body),
             (None, _) => return Err(CodecError::CutShort),
             (Some(mask), 4) => unpack::<4>(mask, body, elements),
-            (Some(mask), 2) => unpack::<2>(mask, body, elements),
-            (Some(mask), _) => unpack::<1>(mask, body, elements),
+            (Some(mask), _) => unpack::<2>(mask, body, elements),
         }
         Ok(())
     }
@@ -398,6 +400,9 @@ pub enum CodecError {
     /// The codec has no scales.
     #[error("elements that are not quantised are no numbers yet")]
     Unscaled,
+    /// The codec has scales.
+    #[error("elements that are quantised are numbers only with their scales")]
+    Scaled,
 }
 
 #[cfg(test)]

@@ -123,6 +123,12 @@ fn pixels_that_are_none_are_named() {
     assert_eq!(says(&[1; 13]), "payload of the unknown form 1");
     let zeros = codec(Dtype::F32, true, Packing::Zeros);
     assert_eq!(zeros.check(&[2; 13], &[12]).unwrap_err(), CodecError::Form { found: 2 });
+    // Codes without their scales, and the other way round.
+    let codes = codec(Dtype::I4, false, Packing::Zeros);
+    let read = codes.read_elements(&[1, 31, 0, 0, 0, 0], &mut [0; 9]);
+    assert_eq!(read.unwrap_err(), CodecError::Scaled);
+    let read = zeros.read_numbers(&[0; 5], 1, &mut [0.0]);
+    assert_eq!(read.unwrap_err(), CodecError::Unscaled);
 }
 
 /// Features: half of them zero, of very different sizes.
