@@ -19,6 +19,7 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::policy::Dtype;
 use crate::{Manifest, Policy, Reach};
 
 /// Bytes of Ethernet, IP and TCP headers around each full packet of 1448 bytes of payload, as a traffic
@@ -420,6 +421,8 @@ pub struct Trunk {
     pub stem_flops: u64,
     /// The blocks, in order.
     pub blocks: Vec<TrunkBlock>,
+    /// Groups whose last block the classifier reads, pooled to a number a channel: 1 or more.
+    pub classified: usize,
     /// Operations after the last block, on group 0's node.
     pub head_flops: u64,
 }
@@ -451,7 +454,8 @@ impl Trunk {
             [1, channels, elements]
         };
         let bytes = |step: usize| policy.likely_send_bytes(step, &shape(step));
-        let Reach { sends, blocks: computed } = Reach::of(policy, blocks, |step| bytes(step) > 0);
+        let reach = Reach::of(policy, blocks, self.classified, |step| bytes(step) > 0);
+        let Reach { sends, blocks: computed } = reach;
         let mut plan = Plan { entry: 0, nodes: vec![vec![]; policy.groups], transfers: vec![] };
         for rank in (1..policy.groups).filter(|&rank| computed[rank] > 0) {
             let input = Carried {
@@ -490,6 +494,14 @@ impl Trunk {
                     plan.nodes[to].push(Piece::Receive(id));
                 }
             }
+        }
+        let pooled = self.blocks.last().map_or(0, |block| block.channels as u64);
+        for rank in 1..self.classified.min(policy.groups) {
+            let bytes = pooled * (Dtype::F32.bits() / 8) as u64;
+            let id =
+                plan.carry(Carried { from: rank, to: 0, bytes, elements: pooled, exchange: false });
+            plan.nodes[rank].push(Piece::Send(id));
+            plan.nodes[0].push(Piece::Receive(id));
         }
         plan.nodes[0].push(Piece::Compute(self.head_flops));
         Ok(plan)

@@ -20,7 +20,7 @@ mod stages;
 
 pub use error::ConfigError;
 pub(crate) use net::STAGES;
-pub use net::{Family, NetConfig};
+pub use net::{Classifier, Family, NetConfig};
 pub use stages::{Augmentation, Decay, FinetuneConfig, FitConfig, SearchConfig};
 
 /// All settings of a run.

@@ -48,7 +48,8 @@ fn trunk(net: &NetConfig) -> Trunk {
         input_bytes: Pixels::CODEC.likely_bytes(&[1, channels, height, width]).unwrap_or(0) as u64,
         stem_flops: 2 * (9 * channels * net.stem_channels * height * width) as u64,
         blocks,
-        head_flops: 2 * (last * net.classes) as u64,
+        classified: net.classified(),
+        head_flops: 2 * (net.classified() * last * net.classes) as u64,
     }
 }
 

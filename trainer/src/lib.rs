@@ -36,8 +36,8 @@ mod wire;
 pub use candidate::{Candidate, Source};
 pub use compare::{Lesson, Sampler, SamplerName, SamplerRng, Trial};
 pub use config::{
-    Augmentation, Config, ConfigError, DataConfig, DatasetName, Decay, ExchangeConfig, Family,
-    FinetuneConfig, FitConfig, NetConfig, SearchConfig,
+    Augmentation, Classifier, Config, ConfigError, DataConfig, DatasetName, Decay, ExchangeConfig,
+    Family, FinetuneConfig, FitConfig, NetConfig, SearchConfig,
 };
 pub use controller::{Controller, Reinforce, Rollout};
 pub use data::{Data, Dataset};

@@ -40,6 +40,7 @@ pub struct Network {
     blocks: Vec<Block>,
     classifier: Linear,
     groups: usize,
+    classified: usize,
 }
 
 /// One residual block, all groups side by side.
@@ -78,8 +79,9 @@ impl Network {
                 input = output;
             }
         }
-        let classifier = draw.linear(input / groups, settings.classes);
-        Network { conv0, blocks, classifier, groups }
+        let classified = settings.classified();
+        let classifier = draw.linear(input / groups * classified, settings.classes);
+        Network { conv0, blocks, classifier, groups, classified }
     }
 
     /// Logits `[batch, classes]` without any exchange, with stored statistics.
@@ -139,12 +141,12 @@ impl Network {
         };
         let features = self.trunk(copies, exchange, stats); // [batch, G·out, h, w]
         let [batch, channels, height, width] = features.dims();
-        let kept = channels / self.groups;
-        let first = match self.groups {
-            1 => features,
-            _ => features.slice([0..batch, 0..kept, 0..height, 0..width]), // [batch, out, h, w]
+        let kept = channels / self.groups * self.classified;
+        let read = match kept == channels {
+            true => features,
+            false => features.slice([0..batch, 0..kept, 0..height, 0..width]), // [batch, kept, h, w]
         };
-        let pooled = adaptive_avg_pool2d(first, [1, 1]).reshape([batch, kept]); // [batch, out]
+        let pooled = adaptive_avg_pool2d(read, [1, 1]).reshape([batch, kept]); // [batch, kept]
         self.classifier.forward(pooled) // [batch, classes]
     }
 

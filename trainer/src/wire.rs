@@ -1,7 +1,7 @@
 //! Bytes that a policy sends between G nodes, from the network's shapes alone.
 //!
 //! Takes the settings of a network and a policy for it, and gives [`Wire`]: what crosses per image
-//! if every send is made (at most, where zeros are packed), what crosses once sends that group 0's
+//! if every send is made (at most, where zeros are packed), what crosses once sends that the
 //! classifier cannot feel are left out, and what a ring all-reduce in f32 after every block would send.
 //! The compiler counts the same on the graph itself; for networks of this crate both agree.
 //! [`relaxed`] is the same of steps that gradients flow into.
@@ -16,7 +16,7 @@ use crate::exchange::Relaxed;
 /// Bytes per image between G nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Wire {
-    /// What really crosses: sends that can still reach group 0.
+    /// What really crosses: sends that can still reach the classifier.
     pub bytes: u64,
     /// What every send of the policy amounts to.
     pub planned_bytes: u64,
@@ -40,7 +40,7 @@ impl Wire {
         let planned = policy.steps.iter().zip(&each);
         let planned_bytes =
             planned.map(|(step, bytes)| step.decision.sends().count() as u64 * bytes).sum();
-        let reach = Reach::of(policy, net.blocks(), |step| each[step] > 0);
+        let reach = Reach::of(policy, net.blocks(), net.classified(), |step| each[step] > 0);
         let needed = reach.sends.iter().zip(&each);
         let bytes = needed.map(|(sends, bytes)| sends.len() as u64 * bytes).sum();
         Wire { bytes, planned_bytes, ring_bytes }
@@ -76,7 +76,7 @@ pub(crate) fn relaxed(net: &NetConfig, policy: &Policy, steps: &[Relaxed]) -> Te
     };
     let groups = policy.groups;
     let others = Tensor::<2>::ones([groups, groups], &device) - Tensor::eye(groups, &device);
-    let mut needed = vector((0..groups).map(|group| f32::from(group == 0)).collect());
+    let mut needed = vector((0..groups).map(|group| f32::from(group < net.classified())).collect());
     let mut sum = Tensor::<1>::zeros([1], &device);
     for (index, step) in steps.iter().enumerate().rev() {
         let [channels, height, width] = net.block_shape(policy.sent_after(index));

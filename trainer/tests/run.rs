@@ -7,7 +7,8 @@ use std::process::Command;
 
 use snn_schemas::{Dtype, Policy, onnx};
 use snn_trainer::{
-    Candidate, Config, Data, Report, Source, Stage, TrainError, classify, evaluate, read_network,
+    Candidate, Classifier, Config, Data, Report, Source, Stage, TrainError, classify, evaluate,
+    read_network,
 };
 
 /// Seconds rather than a minute; accuracy is of no interest here.
@@ -114,6 +115,23 @@ fn a_run_leaves_a_model_whose_predictions_are_those_of_training() {
     assert!(page.contains("Stage 1: loss") && page.contains("<td>searched</td>"));
     assert!(page.contains("t2: decision") && page.contains("Fine-tuning: loss"));
     assert!(!page.contains("http://") || page.matches("http://").all(|found| found.len() == 7));
+}
+
+#[test]
+fn a_classifier_of_all_groups_is_exported_as_it_was_trained() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = tiny();
+    config.net.classifier = Classifier::All;
+    let outcome = snn_trainer::run(&config, None, folder.path(), false, &mut ()).unwrap();
+    let searched = outcome.candidate("searched").unwrap();
+    let score = evaluate(folder.path(), None, None).unwrap();
+    assert_eq!((score.correct, score.images), (searched.test.correct, 599));
+    assert!((score.loss - searched.test.loss).abs() < 1e-3, "{score:?}");
+    // Four times the weights of a classifier that reads one group's 16 channels.
+    let model = onnx::decode(read(folder.path(), "model.onnx").into()).unwrap();
+    let weights = &model.graph.as_ref().unwrap().initializer;
+    let classifier = weights.iter().find(|tensor| tensor.name() == "classifier.weight").unwrap();
+    assert_eq!(classifier.dims, [4 * 16, 10]);
 }
 
 #[test]

@@ -75,7 +75,7 @@ pub fn logits(net: &Net, policy: Option<&Policy>, image: &[f32]) -> Vec<f32> {
             })
             .collect();
     }
-    classify(net, &streams[0])
+    classify(net, &streams[..net.classified])
 }
 
 /// What arrives of `features`: the first channels only, rounded if the policy says so.
@@ -212,13 +212,10 @@ fn max_pool(input: &Map) -> Map {
 }
 
 /// Means over space, and the linear layer.
-fn classify(net: &Net, features: &Map) -> Vec<f32> {
-    let area = features.h * features.w;
-    let means: Vec<f32> = features
-        .data
-        .chunks(area)
-        .map(|channel| channel.iter().sum::<f32>() / area as f32)
-        .collect();
+fn classify(net: &Net, features: &[Map]) -> Vec<f32> {
+    let mean = |channel: &[f32]| channel.iter().sum::<f32>() / channel.len() as f32;
+    let channels = features.iter().flat_map(|map| map.data.chunks(map.h * map.w));
+    let means: Vec<f32> = channels.map(mean).collect();
     let weight = weights("head/fc", net.classes * means.len(), means.len());
     let bias = values("head/fc.bias", net.classes);
     let row = |class: usize| &weight[class * means.len()..][..means.len()];

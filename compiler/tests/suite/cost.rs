@@ -45,6 +45,7 @@ fn trunk() -> Trunk {
         input_bytes: 4 * 3 * 32 * 32,
         stem_flops: 2 * 3 * 16 * 9 * 32 * 32,
         blocks: (0..18).map(&mut block).collect(),
+        classified: 1,
         head_flops: 2 * 256 * 100,
     }
 }

@@ -146,3 +146,28 @@ fn shards_of_a_chain_compute_what_the_fused_model_does() {
     check_shards(&chain(4, 6), 2, Dtype::F16);
     check_shards(&chain(3, 4), 1, Dtype::F16);
 }
+
+/// Pooled features of all groups meet at the classifier: nothing is dropped, and a number a channel is
+/// gathered from every other node.
+#[test]
+fn a_classifier_may_read_all_groups() {
+    for groups in [2, 4] {
+        let net = Net { classified: groups, ..two_stages(groups) };
+        check_fused(&net, 2, Dtype::F16);
+        check_shards(&net, 2, Dtype::F16);
+        let policy = policy(&net, 2, Dtype::F16, 3);
+        for (name, style) in styles().into_iter().filter(|(_, style)| !style.dynamic) {
+            let split = split(net.onnx(style), Some(&policy), Nodes::PerGroup);
+            let all: Vec<usize> = (0..groups).collect();
+            assert!(split.manifest.blocks.iter().all(|block| block.groups == all), "{name}");
+            let image = image(&net, 0);
+            let expected = reference::logits(&net, Some(&policy), &image);
+            let found = engine::play(&split, &shape(&net), &image);
+            assert_within(rounded(Dtype::F16), &found, &expected, name);
+            let gathered = split.manifest.transfers.iter();
+            let gathered =
+                gathered.filter(|t| t.to == 0 && t.from_group.is_some() && t.step.is_none());
+            assert_eq!(gathered.map(|t| t.bytes).collect::<Vec<_>>(), vec![4 * 16; groups - 1]);
+        }
+    }
+}

@@ -161,7 +161,8 @@ fn policy(staleness: usize, decisions: &[[usize; 2]]) -> Policy {
 
 fn trunk(blocks: usize) -> Trunk {
     let block = TrunkBlock { flops: 10 * MS, channels: 10, elements: 250 };
-    Trunk { input_bytes: 1000, stem_flops: MS, blocks: vec![block; blocks], head_flops: MS }
+    let blocks = vec![block; blocks];
+    Trunk { input_bytes: 1000, stem_flops: MS, blocks, classified: 1, head_flops: MS }
 }
 
 #[test]
@@ -176,6 +177,17 @@ fn a_trunk_drops_what_no_output_needs() {
     assert_eq!(plan.transfers[1], Carried { elements: 2500, ..carried(1, 0, 5000) });
     let silent = trunk(4).plan(&policy(2, &[[0, 1], [0, 1]])).unwrap();
     assert_eq!((silent.nodes[1].len(), silent.transfers.len()), (0, 0));
+}
+
+#[test]
+fn pooled_features_are_gathered_for_a_classifier_that_reads_all() {
+    use Piece::{Compute, Receive, Send};
+    let all = Trunk { classified: 2, ..trunk(2) };
+    let plan = all.plan(&policy(2, &[[0, 1]])).unwrap();
+    let block = Compute(10 * MS);
+    assert_eq!(plan.nodes[1], [Receive(0), Compute(MS), block, block, Send(1)]);
+    assert_eq!(plan.nodes[0], [Send(0), Compute(MS), block, block, Receive(1), Compute(MS)]);
+    assert_eq!(plan.transfers[1], Carried { elements: 10, exchange: false, ..carried(1, 0, 40) });
 }
 
 #[test]

@@ -33,6 +33,17 @@ impl fmt::Display for Family {
     }
 }
 
+/// Which groups' features the classifier reads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Classifier {
+    /// Those of the first alone, so that nothing is gathered in the end (section 3.1).
+    #[default]
+    First,
+    /// Those of all groups, each pooled where it was computed: one number a channel is gathered.
+    All,
+}
+
 /// The network of section 3.1: a separable ResNeXt, or a separable ResNet.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -55,20 +66,23 @@ pub struct NetConfig {
     pub input: [usize; 3],
     /// Classes to tell apart.
     pub classes: usize,
+    /// Which groups' features the classifier reads.
+    pub classifier: Classifier,
 }
 
 impl Default for NetConfig {
     fn default() -> NetConfig {
         NetConfig {
             family: Family::ResNeXt,
-            depth: 56,          // Table 1
-            groups: 4,          // four devices, as in all of section 4
-            cardinality: 8,     // Table 1: 8×16d
-            path_width: 16,     // Table 1: 8×16d
-            trunk_width: 64,    // Table 1
-            stem_channels: 16,  // Table 1
-            input: [3, 32, 32], // CIFAR
-            classes: 100,       // CIFAR-100, as in Table 1
+            depth: 56,                     // Table 1
+            groups: 4,                     // four devices, as in all of section 4
+            cardinality: 8,                // Table 1: 8×16d
+            path_width: 16,                // Table 1: 8×16d
+            trunk_width: 64,               // Table 1
+            stem_channels: 16,             // Table 1
+            input: [3, 32, 32],            // CIFAR
+            classes: 100,                  // CIFAR-100, as in Table 1
+            classifier: Classifier::First, // section 3.1
         }
     }
 }
@@ -122,6 +136,14 @@ impl NetConfig {
         match self.family {
             Family::ResNeXt => self.cardinality,
             Family::ResNet => self.groups,
+        }
+    }
+
+    /// How many groups' features the classifier reads.
+    pub fn classified(&self) -> usize {
+        match self.classifier {
+            Classifier::First => 1,
+            Classifier::All => self.groups,
         }
     }
 

@@ -9,7 +9,7 @@ use half::f16;
 use snn_schemas::{Decision, Dtype, Levels, Step};
 
 use super::*;
-use crate::config::{Config, Family};
+use crate::config::{Classifier, Config, Family};
 
 /// Sums made in another order differ by this much.
 const TOLERANCE: f32 = 1e-4;
@@ -116,7 +116,7 @@ fn a_dense_convolution_with_zeros_between_groups_is_a_grouped_one() {
 
 #[test]
 fn exchange_is_that_of_a_plain_evaluation() {
-    for (family, groups, staleness, depth, dtype) in [
+    let cases = [
         (Family::ResNeXt, 2, 1, 11, Dtype::F32),
         (Family::ResNeXt, 2, 2, 20, Dtype::F16),
         (Family::ResNeXt, 3, 1, 20, Dtype::F16),
@@ -125,7 +125,11 @@ fn exchange_is_that_of_a_plain_evaluation() {
         (Family::ResNet, 4, 2, 20, Dtype::F32),
         (Family::ResNeXt, 2, 1, 20, Dtype::I8),
         (Family::ResNeXt, 4, 2, 20, Dtype::I8),
-    ] {
+    ];
+    let classifiers = [Classifier::First, Classifier::All];
+    for ((family, groups, staleness, depth, dtype), classifier) in
+        cases.into_iter().flat_map(|case| classifiers.map(|classifier| (case, classifier)))
+    {
         let [cardinality, path_width] = match family {
             Family::ResNeXt => [2 * groups, 2],
             Family::ResNet => [1, 4 * groups],
@@ -140,6 +144,7 @@ fn exchange_is_that_of_a_plain_evaluation() {
             stem_channels: 3,
             input: [2, 6, 6],
             classes: 5,
+            classifier,
         };
         let network = seasoned(Network::new(&settings, 3, &Device::flex()));
         let policy =
@@ -298,8 +303,9 @@ impl Plain {
             x = z.into_iter().map(relu_of).collect();
         }
         let plane = x[0].height * x[0].width;
-        let pooled: Vec<f32> =
-            x[0].values.chunks(plane).map(|map| map.iter().sum::<f32>() / plane as f32).collect();
+        let read = x.iter().take(self.settings.classified());
+        let maps = read.flat_map(|group| group.values.chunks(plane));
+        let pooled: Vec<f32> = maps.map(|map| map.iter().sum::<f32>() / plane as f32).collect();
         let weight = &self.weights["classifier.weight"];
         let classes = self.settings.classes;
         let mut logits = self.weights["classifier.bias"].clone();
