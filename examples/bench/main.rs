@@ -40,7 +40,7 @@ struct Args {
     /// Separable model to split [default: Sep-ResNeXt-56 4x16d, untrained]
     #[arg(long, requires = "policy")]
     model: Option<PathBuf>,
-    /// Its policies [default: Table 6's with f16, and with i8 and zeros packed]
+    /// Its policies [default: Table 6's with f16, and with i8 and i4 with zeros packed]
     #[arg(long)]
     policy: Vec<PathBuf>,
     /// Speed of each device

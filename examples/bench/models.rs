@@ -16,9 +16,12 @@ use crate::fixtures::{sep_resnext, style};
 
 /// Table 6's decisions with sparsification.
 const TABLE_6: &str = "[[9,4], [22,6], [18,6], [3,6], [16,7], [23,8], [9,8], [13,8], [20,7]]";
-/// How its exchanges travel: as the paper's do, and by the codec with the fewest bytes that costs no accuracy.
-const CODECS: [(&str, &str); 2] =
-    [("f16", r#""dtype": "f16""#), ("i8, zeros packed", r#""dtype": "i8", "packing": "zeros""#)];
+/// How its exchanges travel: as the paper's do, and in codes of 8 and of 4 bits.
+const CODECS: [(&str, &str); 3] = [
+    ("f16", r#""dtype": "f16""#),
+    ("i8, zeros packed", r#""dtype": "i8", "packing": "zeros""#),
+    ("i4, zeros packed", r#""dtype": "i4", "packing": "zeros""#),
+];
 
 /// The networks, in a folder of their own.
 pub(crate) struct Models {
