@@ -2,8 +2,8 @@
 //!
 //! Takes images `[batch, channels, h, w]` and gives logits `[batch, classes]`: without exchange
 //! ([`Network::forward`], what is exported) or under a policy ([`Network::forward_with`]). All G
-//! groups live in one network whose channel axis is G blocks side by side; only group 0 reaches the
-//! classifier. Weights depend on the settings and the seed alone. Three ways to treat batch-norm
+//! groups live in one network whose channel axis is G blocks side by side; the classifier reads group 0, or
+//! all ([`NetConfig::classified`]). Weights depend on the settings and the seed alone. Three ways to treat batch-norm
 //! statistics are told apart by [`Stats`], because weights shared by many policies have no single
 //! right ones.
 
