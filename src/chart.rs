@@ -7,8 +7,10 @@ use plotters::coord::Shift;
 use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
 use plotters::prelude::*;
 
-/// Size of a chart in pixels.
+/// Size of a chart in pixels; of one with many bars the least.
 const SIZE: (u32, u32) = (720, 460);
+/// Pixels that a bar's name needs, and those beside all bars.
+const BAR: (u32, u32) = (124, 100);
 /// Colours of series, in their order: told apart by those who see colours differently, too.
 static COLORS: [RGBColor; 6] = [
     RGBColor(0, 114, 178),
@@ -95,9 +97,10 @@ pub fn bars(frame: &Frame, parts: &[&str], bars: &[Bar]) -> Result<String> {
         return Err(anyhow!("chart: nothing to draw"));
     }
     let names = Names(bars.iter().map(|bar| bar.name.clone()).collect());
+    let width = SIZE.0.max(BAR.0 * bars.len() as u32 + BAR.1);
     let mut svg = String::new();
     {
-        let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
+        let area = SVGBackend::with_string(&mut svg, (width, SIZE.1)).into_drawing_area();
         let mut chart = builder(&area, frame)?
             .build_cartesian_2d(names, 0.0..highest * 1.1)
             .map_err(unusable)?;
