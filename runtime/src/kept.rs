@@ -3,19 +3,22 @@
 //! [`Kept::open`] takes a folder of the user's and the node's own shard; below it, in one folder for each split and rank
 //! (`<split, 16 digits>.<rank>`), lie the shards that peers have handed over, each named by its SHA-256
 //! (`<sha256>.onnx`), and `complete.json`: the note that this split's cluster of so many nodes has once been
-//! complete. A file is written beside its place and moved there, so that after a power cut it is whole or
+//! complete. Once it is written, what earlier splits have left is removed but for the last of them
+//! ([`others`]). A file is written beside its place and moved there, so that after a power cut it is whole or
 //! not there. Guarantees:
 //!
 //! - What is read back is what was written: a file that is not as its name says, or of another split, is
-//!   ignored with a warning that names it, and nothing is removed but what was half written.
+//!   ignored with a warning that names it, and nothing of it is removed but what was half written.
 //! - A disk that is full or cannot be written costs a warning, the node nothing; [`Kept::write`] keeps what could
 //!   not be written, for the next attempt.
+
+mod others;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -25,6 +28,7 @@ use snn_schemas::metadata::ShardInfo;
 use tokio::sync::Notify;
 
 use crate::agent::wire::hexadecimal;
+use others::{IN_USE, InUse};
 
 /// How long absent nodes are waited for after a start where nobody says otherwise: boards that get their
 /// power back together start within a few seconds of each other.
@@ -54,6 +58,8 @@ struct Note {
 /// The folder in which a node keeps what it learns of its cluster.
 #[derive(Debug)]
 pub struct Kept {
+    /// The user's folder, with one in it for each split and rank.
+    dir: PathBuf,
     folder: PathBuf,
     split: String,
     nodes: usize,
@@ -61,6 +67,8 @@ pub struct Kept {
     was_complete: bool,
     pending: Mutex<Pending>,
     wake: Notify,
+    /// From when the folder is there.
+    in_use: OnceLock<InUse>,
 }
 
 /// What is to be written.
@@ -74,22 +82,27 @@ impl Kept {
     /// The folder for a node with this shard below `dir`, and the shards that lie in it, whichever rank they are
     /// of. Nothing is written yet. After a start absent nodes are waited for for `grace`.
     pub fn open(dir: &Path, info: &ShardInfo, grace: Duration) -> (Kept, Vec<(PathBuf, Bytes)>) {
-        let digits = info.split.get(..SPLIT_DIGITS).unwrap_or(&info.split);
         let mut kept = Kept {
-            folder: dir.join(format!("{digits}.{}", info.rank)),
+            dir: dir.to_owned(),
+            folder: dir.join(format!("{}.{}", digits(&info.split), info.rank)),
             split: info.split.clone(),
             nodes: info.nodes,
             grace,
             was_complete: false,
             pending: Mutex::default(),
             wake: Notify::new(),
+            in_use: OnceLock::new(),
         };
+        if kept.folder.is_dir() {
+            kept.mark();
+        }
         let mut shards = Vec::new();
         for path in files(&kept.folder) {
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             let extension = path.extension().and_then(|extension| extension.to_str());
             let read = match extension {
                 Some(PART) => fs::remove_file(&path).map_err(|error| error.to_string()),
+                _ if name == IN_USE => Ok(()),
                 _ if name == COMPLETE => kept.read_note(&path).map(|()| kept.was_complete = true),
                 Some(SHARD) => read_shard(&path).map(|bytes| shards.push((path.clone(), bytes))),
                 _ => Err("not a file of this folder".to_owned()),
@@ -153,7 +166,10 @@ impl Kept {
             let note = Note { version: VERSION, split: self.split.clone(), nodes: self.nodes };
             let text = serde_json::to_vec_pretty(&note).unwrap_or_default();
             match self.replace(COMPLETE, &text) {
-                Ok(()) => self.pending().complete = false,
+                Ok(()) => {
+                    self.pending().complete = false;
+                    others::clear(&self.dir, digits(&self.split));
+                }
                 Err(error) => written = Err(error),
             }
         }
@@ -173,6 +189,7 @@ impl Kept {
         let beside = self.folder.join(format!("{name}.{PART}"));
         let write = || -> io::Result<()> {
             fs::create_dir_all(&self.folder)?;
+            self.mark();
             let mut file = fs::File::create(&beside)?;
             file.write_all(bytes)?;
             file.sync_all()?;
@@ -186,6 +203,19 @@ impl Kept {
         })
     }
 
+    /// Marks the folder as in use, if it is not yet. Without a mark others may remove it once it is old; what it keeps is then
+    /// handed over anew.
+    fn mark(&self) {
+        if self.in_use.get().is_none() {
+            match InUse::hold(&self.folder) {
+                Ok(mark) => drop(self.in_use.set(mark)),
+                Err(error) => {
+                    tracing::debug!(folder = %self.folder.display(), %error, "not marked")
+                }
+            }
+        }
+    }
+
     fn read_note(&self, path: &Path) -> Result<(), String> {
         let note: Note = serde_json::from_slice(&read(path)?).map_err(|error| error.to_string())?;
         let own = Note { version: VERSION, split: self.split.clone(), nodes: self.nodes };
@@ -194,6 +224,11 @@ impl Kept {
             false => Err("of another cluster".to_owned()),
         }
     }
+}
+
+/// The digits of a split in its folders' names.
+fn digits(split: &str) -> &str {
+    split.get(..SPLIT_DIGITS).unwrap_or(split)
 }
 
 /// Says that a file counts for nothing, and why.
@@ -318,7 +353,8 @@ mod tests {
         let name = hexadecimal(&Sha256::digest(b"shard"));
         let shard = &kept.folder().join(format!("{name}.{SHARD}"));
         let note = &kept.folder().join(COMPLETE);
-        assert!(files(kept.folder()) == [shard, note].map(PathBuf::from).into());
+        let in_use = &kept.folder().join(IN_USE);
+        assert!(files(kept.folder()) == [shard, note, in_use].map(PathBuf::from).into());
         let half = kept.folder().join("half.onnx.part");
         fs::write(&half, b"ha").unwrap();
         fs::create_dir(kept.folder().join("folder.onnx")).unwrap();
@@ -334,6 +370,26 @@ mod tests {
         again.write().unwrap();
         let (last, shards) = folder.open(0);
         assert_eq!((shards.len(), last.was_complete()), (1, true));
+    }
+
+    #[test]
+    fn a_complete_cluster_clears_what_earlier_splits_have_left() {
+        let folder = Folder::new("clears");
+        let keep = |split: &str| {
+            let info = ShardInfo { split: split.repeat(32), ..info(0) };
+            let (kept, _) = Kept::open(&folder.0, &info, DEFAULT_GRACE);
+            kept.shard(1, Bytes::from_static(b"shard"));
+            kept.write().unwrap();
+            kept
+        };
+        let splits = ["01", "02", "03", "04"];
+        let left = splits.map(|split| keep(split).folder().to_owned());
+        let kept = keep("ab");
+        assert!(left.iter().all(|folder| folder.exists()), "not complete yet");
+        kept.complete();
+        kept.write().unwrap();
+        let stay = left.iter().filter(|folder| folder.exists()).count();
+        assert_eq!((stay, kept.folder().exists()), (others::SPLITS, true));
     }
 
     #[test]

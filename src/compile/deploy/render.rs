@@ -34,6 +34,8 @@ const STEP_MIB: u64 = 64;
 const KEPT: &str = "/kept";
 /// Processes and threads of a node.
 const TASKS: u32 = 128;
+/// Where the containers' image comes from.
+const IMAGE: &str = "# The image: docker build -t snn -f examples/container/Dockerfile . in snn's repository, or --image.\n";
 
 /// A file to be written.
 struct Rendered {
@@ -188,7 +190,7 @@ fn compose(bundle: &Bundle, settings: &[String], image: &str) -> Result<(Vec<Ren
     let (memory, image) = (memory_mib(bundle), quoted(image));
     let shards = bundle.absolute()?;
     let shards = quoted(&shards.display().to_string());
-    let mut text = head(bundle);
+    let mut text = head(bundle) + IMAGE;
     text.push_str(
         "# The key is read from cluster.key beside this file (snnc key new cluster.key).\n\
          # Rank r serves HTTPS on port 8000 + r of this machine (snnc key authority cluster.key).\n\
@@ -236,7 +238,7 @@ fn compose(bundle: &Bundle, settings: &[String], image: &str) -> Result<(Vec<Ren
 
 fn k8s(bundle: &Bundle, settings: &[String], image: &str) -> (Vec<Rendered>, String) {
     let (memory, image) = (memory_mib(bundle), quoted(image));
-    let mut text = head(bundle);
+    let mut text = head(bundle) + IMAGE;
     text.push_str(
         "# Before: kubectl create secret generic snn-key --from-file=cluster.key\n\
          # and the shards with cluster.json in a volume that the claim snn-shards gives.\n",
