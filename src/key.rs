@@ -1,12 +1,13 @@
 //! Key files on disk: written for their owner alone, and read only if that is still so.
 //!
 //! Takes a path; gives the [`ClusterKey`] in it, or writes a new one. A key that others on the machine
-//! can read is refused: whoever has it is a member of the cluster.
+//! can read is refused: whoever has it is a member of the cluster. A key that is used before or after its time
+//! is named in a warning: nobody will connect, and neither side of a connection says why.
 
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
 use snn_runtime::key::{ClusterKey, MAX_KEY_BYTES};
@@ -15,15 +16,22 @@ use snn_runtime::key::{ClusterKey, MAX_KEY_BYTES};
 const OTHERS: u32 = 0o007;
 /// What all but the owner of a file may do with it.
 const OTHERS_AND_GROUP: u32 = 0o077;
+/// Where systemd puts what a unit loads with `LoadCredential=`.
+const CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
 
 /// Reads a key file.
 pub(crate) fn read(path: &Path) -> Result<ClusterKey> {
     let read = || -> Result<ClusterKey> {
         let file = File::open(path)?;
-        check_private(&file, path, OTHERS_AND_GROUP)?;
+        let credentials = std::env::var_os(CREDENTIALS);
+        check_private(&file, path, refused(path, credentials.as_deref().map(Path::new)))?;
         let mut text = String::new();
         file.take(MAX_KEY_BYTES as u64).read_to_string(&mut text)?;
-        Ok(ClusterKey::from_pem(&text)?)
+        let key = ClusterKey::from_pem(&text)?;
+        if let Some(reason) = key.untimely(SystemTime::now()) {
+            tracing::warn!(key = %path.display(), "{reason}");
+        }
+        Ok(key)
     };
     read().context("key").with_context(|| path.display().to_string())
 }
@@ -31,6 +39,15 @@ pub(crate) fn read(path: &Path) -> Result<ClusterKey> {
 /// Refuses the private key of a web server where everybody can read it; a group may, as is usual.
 pub(crate) fn check_hidden(file: &File, path: &Path) -> Result<()> {
     check_private(file, path, OTHERS)
+}
+
+/// Who must not be able to read the key at `path`. A unit's credential is its user's alone, by a list of
+/// its own that shows as the group's right to read; nobody else gets into its folder.
+fn refused(path: &Path, credentials: Option<&Path>) -> u32 {
+    match credentials.is_some_and(|folder| path.starts_with(folder)) {
+        true => OTHERS,
+        false => OTHERS_AND_GROUP,
+    }
 }
 
 #[cfg(unix)]
@@ -59,4 +76,17 @@ pub(crate) fn create(path: &Path, lifetime: Duration) -> Result<ClusterKey> {
         Ok(key)
     };
     create().context("key").with_context(|| path.display().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_may_read_credentials_and_nothing_else() {
+        let of_unit = Some(Path::new("/run/credentials/snn.service"));
+        assert_eq!(refused(Path::new("/run/credentials/snn.service/cluster.key"), of_unit), OTHERS);
+        assert_eq!(refused(Path::new("/etc/snn/cluster.key"), of_unit), OTHERS_AND_GROUP);
+        assert_eq!(refused(Path::new("/etc/snn/cluster.key"), None), OTHERS_AND_GROUP);
+    }
 }

@@ -166,12 +166,11 @@ impl Kept {
             let note = Note { version: VERSION, split: self.split.clone(), nodes: self.nodes };
             let text = serde_json::to_vec_pretty(&note).unwrap_or_default();
             match self.replace(COMPLETE, &text) {
-                Ok(()) => {
-                    self.pending().complete = false;
-                    others::clear(&self.dir, digits(&self.split));
-                }
+                Ok(()) => self.pending().complete = false,
                 Err(error) => written = Err(error),
             }
+            // Where the disk is full, too: it may be by what is removed here, and the next attempt succeed.
+            others::clear(&self.dir, digits(&self.split));
         }
         for (rank, bytes) in shards {
             let name = format!("{}.{SHARD}", hexadecimal(&Sha256::digest(&bytes)));

@@ -11,7 +11,7 @@
 //! signs lets anybody into the cluster. Keys made before there was HTTPS have none.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
@@ -19,6 +19,7 @@ use rcgen::{
 };
 use sha2::{Digest as _, Sha256};
 use time::OffsetDateTime;
+use x509_parser::pem::parse_x509_pem;
 
 /// Largest key file accepted, in bytes: two certificates and a key take two thousand.
 pub const MAX_KEY_BYTES: usize = 64 << 10;
@@ -129,6 +130,24 @@ impl ClusterKey {
         digest[..8].iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
+    /// Why nobody accepts the key at this time, by the clock of this device; nothing if it is within its time, or
+    /// its certificate says none.
+    pub fn untimely(&self, now: SystemTime) -> Option<String> {
+        let (_, pem) = parse_x509_pem(self.certificate.as_bytes()).ok()?;
+        let validity = pem.parse_x509().ok()?.validity().clone();
+        let [start, end] = [validity.not_before, validity.not_after].map(|at| at.to_datetime());
+        let now = OffsetDateTime::from(now);
+        if now < start {
+            let (start, now) = (start.date(), now.date());
+            Some(format!("good from {start} on, and this device's clock says {now}: set the clock"))
+        } else if now > end {
+            let end = end.date();
+            Some(format!("expired on {end}: nobody accepts it; make another with snnc key new"))
+        } else {
+            None
+        }
+    }
+
     /// Certificate of the authority for HTTPS, PEM: what clients are given, for everybody to see.
     ///
     /// # Errors
@@ -234,6 +253,20 @@ mod tests {
             key.fingerprint(),
             ClusterKey::new(Duration::from_secs(60)).unwrap().fingerprint()
         );
+    }
+
+    #[test]
+    fn a_key_out_of_its_time_says_so() {
+        let key = ClusterKey::new(Duration::from_secs(3600)).unwrap();
+        let now = SystemTime::now();
+        let days = |days: u64| Duration::from_secs(days * 24 * 3600);
+        let said = |at| key.untimely(at);
+        assert_eq!(said(now), None);
+        assert_eq!(said(now - days(1)), None, "clocks may be behind");
+        let early = said(SystemTime::UNIX_EPOCH).unwrap();
+        assert!(early.ends_with("this device's clock says 1970-01-01: set the clock"), "{early}");
+        let late = said(now + days(1)).unwrap();
+        assert!(late.starts_with("expired on 2") && late.contains("snnc key new"), "{late}");
     }
 
     #[test]

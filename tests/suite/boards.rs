@@ -5,6 +5,7 @@
 //! Needs root and `ip`; where there is neither nothing is run.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -89,6 +90,18 @@ fn blocks(guide: &str) -> Vec<(String, String)> {
     blocks
 }
 
+/// A board's credentials as systemd shows them: the group may read, though by another list nobody does.
+fn credentials(desk: &Path, number: usize) -> PathBuf {
+    let folder = desk.join(format!("credentials{number}"));
+    let key = folder.join("cluster.key");
+    if !key.exists() {
+        fs::create_dir_all(&folder).unwrap();
+        fs::copy(desk.join("cluster.key"), &key).unwrap();
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o440)).unwrap();
+    }
+    folder
+}
+
 /// A board's agent, as the guide's unit starts it.
 struct Board {
     process: Child,
@@ -97,12 +110,14 @@ struct Board {
 impl Board {
     fn start(bench: &Bench, number: usize, unit: &str, desk: &Path) -> Board {
         let line = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
+        let credentials = credentials(desk, number);
         let line = line
             .replace("/usr/local/bin/snn-run", SNN_RUN)
-            .replace("${CREDENTIALS_DIRECTORY}", desk.to_str().unwrap());
+            .replace("${CREDENTIALS_DIRECTORY}", credentials.to_str().unwrap());
         let mut words = line.split(' ');
         let mut command = bench.on(number, words.next().unwrap());
         command.args(words).args(["--name", &format!("pi{number}")]);
+        command.env("CREDENTIALS_DIRECTORY", &credentials);
         command.env("STATE_DIRECTORY", desk.join(format!("board{number}")));
         command.stderr(Stdio::null()).process_group(0);
         Board { process: command.spawn().unwrap() }

@@ -109,7 +109,7 @@ fn write(
     forward: impl FnOnce(&Network, Tensor<4>) -> Tensor<2>,
 ) -> Result<Vec<u8>, TrainError> {
     let device = host();
-    let network = network.inference().to_device(&device);
+    let network = network.inference().to_device(&device).plain();
     let [channels, height, width] = data.test.shape();
     let sample = Tensor::<4>::zeros([1, channels, height, width], &device);
     let exported = OnnxExporter::new().export(&network, sample, forward)?;
@@ -169,7 +169,7 @@ pub fn read_network(bytes: Vec<u8>, config: &Config) -> Result<Network, TrainErr
     let initializers = model.graph.into_iter().flat_map(|graph| graph.initializer);
     let weights = initializers.map(|tensor| (tensor.name().to_owned(), tensor)).collect();
     let mut fill = Fill { weights, path: Vec::new(), wrong: None };
-    let network = Network::new(&config.net, config.seed, &host()).map(&mut fill);
+    let network = Network::new(&config.net, config.seed, &host()).plain().map(&mut fill);
     match fill.wrong {
         Some(reason) => Err(TrainError::Model(reason)),
         None => Ok(network),

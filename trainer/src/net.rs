@@ -7,6 +7,8 @@
 //! statistics are told apart by [`Stats`], because weights shared by many policies have no single
 //! right ones.
 
+mod pooled;
+
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::nn::{BatchNorm, BatchNormConfig, Initializer, Linear, PaddingConfig2d};
@@ -21,6 +23,7 @@ use crate::config::{NetConfig, STAGES};
 use crate::exchange::{Exchange, Relaxed};
 use crate::kernels::{self, ConvNormOptions};
 use crate::seed::{Rng, rng};
+use pooled::Pooled;
 
 /// Which statistics batch norm uses.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -38,6 +41,7 @@ pub enum Stats {
 pub struct Network {
     conv0: ConvNorm,
     blocks: Vec<Block>,
+    pooled: Option<Pooled>,
     classifier: Linear,
     groups: usize,
     classified: usize,
@@ -80,8 +84,10 @@ impl Network {
             }
         }
         let classified = settings.classified();
-        let classifier = draw.linear(input / groups * classified, settings.classes);
-        Network { conv0, blocks, classifier, groups, classified }
+        let read = input / groups * classified;
+        let pooled = settings.pooled_norm.then(|| Pooled::new(read, device));
+        let classifier = draw.linear(read, settings.classes);
+        Network { conv0, blocks, pooled, classifier, groups, classified }
     }
 
     /// Logits `[batch, classes]` without any exchange, with stored statistics.
@@ -133,6 +139,20 @@ impl Network {
         self.valid().train()
     }
 
+    /// The same network, whose classifier has taken up what pooled features are normalised by.
+    pub(crate) fn folded(mut self) -> Network {
+        if let Some(pooled) = self.pooled.take() {
+            let (pooled, classifier) = pooled.fold(self.classifier);
+            (self.pooled, self.classifier) = (Some(pooled), classifier);
+        }
+        self
+    }
+
+    /// The same network as it is exported: nothing stands between pooling and classifier.
+    pub(crate) fn plain(self) -> Network {
+        Network { pooled: None, ..self.folded() }
+    }
+
     fn logits(&self, images: Tensor<4>, exchange: Option<Exchange>, stats: Stats) -> Tensor<2> {
         let stem = self.conv0.forward(images, None, true, stats); // [batch, stem, h, w]
         let copies = match self.groups {
@@ -147,6 +167,10 @@ impl Network {
             false => features.slice([0..batch, 0..kept, 0..height, 0..width]), // [batch, kept, h, w]
         };
         let pooled = adaptive_avg_pool2d(read, [1, 1]).reshape([batch, kept]); // [batch, kept]
+        let pooled = match &self.pooled {
+            Some(norm) => norm.forward(pooled, stats),
+            None => pooled,
+        };
         self.classifier.forward(pooled) // [batch, classes]
     }
 

@@ -32,14 +32,22 @@ impl InUse {
     /// Marks a folder that exists as in use from now on.
     ///
     /// # Errors
-    /// What the system says where the file cannot be written or locked.
+    /// What the system says where the file cannot be written or locked, or is removed at this moment.
     pub(super) fn hold(folder: &Path) -> io::Result<InUse> {
         let path = folder.join(IN_USE);
-        let file = OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
-        file.lock_shared()?;
+        let file = open(&path)?;
+        // Whoever removes the folder has it locked, and what would be locked after that is no file of the folder any more.
+        file.try_lock_shared()?;
+        if !path.exists() {
+            return Err(io::ErrorKind::NotFound.into());
+        }
         file.set_modified(SystemTime::now())?;
         Ok(InUse { _file: file })
     }
+}
+
+fn open(mark: &Path) -> io::Result<File> {
+    OpenOptions::new().create(true).truncate(false).write(true).open(mark)
 }
 
 /// Removes from the folder `dir` what splits other than `own` (its folders' first digits) have left, but for the
@@ -89,14 +97,22 @@ fn last_used(folder: &Path) -> SystemTime {
 fn remove(folder: &Path) -> io::Result<()> {
     let mark = folder.join(IN_USE);
     // Held until the folder is gone, so that nobody takes it up meanwhile.
-    let file = OpenOptions::new().create(true).truncate(false).write(true).open(&mark)?;
+    let last_used = last_used(folder);
+    let file = open(&mark)?;
     file.try_lock()?;
+    let mut is_ours = true;
     for entry in fs::read_dir(folder)?.flatten() {
         let path = entry.path();
         let extension = path.extension().and_then(|extension| extension.to_str());
         if entry.file_name() == COMPLETE || matches!(extension, Some(SHARD | PART)) {
             fs::remove_file(&path)?;
+        } else {
+            is_ours &= entry.file_name() == IN_USE;
         }
+    }
+    if !is_ours {
+        // The mark stays with what is not ours, so that the folder does not count as new.
+        return file.set_modified(last_used);
     }
     fs::remove_file(&mark)?;
     fs::remove_dir(folder)
@@ -185,6 +201,10 @@ mod tests {
         fs::write(dir.0.join("eeeeeeeeeeeeeeee.0"), b"a file").unwrap();
         dir.clear();
         assert!(mixed.join("notes.txt").exists() && !mixed.join("00.onnx").exists());
+        // What is left of it takes no place from others.
+        let (newest, old) = (dir.left('f', 0, 0), dir.left('e', 1, 2));
+        dir.clear();
+        assert!(newest.exists() && !old.exists());
         assert!(foreign.iter().all(|name| dir.0.join(name).join("00.onnx").exists()));
         assert!(dir.0.join("eeeeeeeeeeeeeeee.0").exists());
     }

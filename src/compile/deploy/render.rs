@@ -192,7 +192,8 @@ fn compose(bundle: &Bundle, settings: &[String], image: &str) -> Result<(Vec<Ren
     let shards = quoted(&shards.display().to_string());
     let mut text = head(bundle) + IMAGE;
     text.push_str(
-        "# The key is read from cluster.key beside this file (snnc key new cluster.key).\n\
+        "# The key is read from cluster.key beside this file (snnc key new cluster.key). It stays its owner's alone,\n\
+         # hence the capability to read what is somebody else's.\n\
          # Rank r serves HTTPS on port 8000 + r of this machine (snnc key authority cluster.key).\n\
          services:\n",
     );
@@ -207,6 +208,7 @@ fn compose(bundle: &Bundle, settings: &[String], image: &str) -> Result<(Vec<Ren
              restart: unless-stopped\n    \
              read_only: true\n    \
              cap_drop: [ALL]\n    \
+             cap_add: [DAC_READ_SEARCH]\n    \
              security_opt: [\"no-new-privileges:true\"]\n    \
              pids_limit: {TASKS}\n    \
              secrets: [cluster.key]\n    \

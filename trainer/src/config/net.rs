@@ -68,6 +68,9 @@ pub struct NetConfig {
     pub classes: usize,
     /// Which groups' features the classifier reads.
     pub classifier: Classifier,
+    /// Whether pooled features are normalised over each batch while weights are fitted. The classifier takes
+    /// the statistics up in the end, so that the exported network is the same kind either way.
+    pub pooled_norm: bool,
 }
 
 impl Default for NetConfig {
@@ -83,6 +86,7 @@ impl Default for NetConfig {
             input: [3, 32, 32],            // CIFAR
             classes: 100,                  // CIFAR-100, as in Table 1
             classifier: Classifier::First, // section 3.1
+            pooled_norm: true,             // unstated; without it Table 1's networks do not learn
         }
     }
 }

@@ -145,6 +145,7 @@ fn exchange_is_that_of_a_plain_evaluation() {
             input: [2, 6, 6],
             classes: 5,
             classifier,
+            pooled_norm: true,
         };
         let network = seasoned(Network::new(&settings, 3, &Device::flex()));
         let policy =

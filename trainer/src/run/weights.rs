@@ -152,6 +152,7 @@ impl Run<'_> {
         let estimate = |change| -> Result<(Network, Score), TrainError> {
             let judged = network.inference();
             calibrate(&judged, policy, &self.data.train, &self.config.train, change);
+            let judged = judged.folded();
             let score = judge_all(&judged, policy, &self.data.validation, Stats::Stored)?;
             Ok((judged, score))
         };
