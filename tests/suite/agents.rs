@@ -15,10 +15,10 @@ use snn_runtime::client::Client;
 use snn_schemas::Dtype;
 
 use crate::cluster::PATIENCE;
-use crate::fixtures::residual;
+use crate::fixtures::{Net, residual};
 use crate::processes::{children, kill};
 use crate::site::{Site, connect, first, infer, net, second, text, versions, written};
-use crate::{image, ring};
+use crate::{assert_close, image, reference, ring};
 
 /// Malformed messages to an agent.
 const MESSAGES: usize = 1_500;
@@ -204,6 +204,23 @@ async fn two_who_deploy_at_once_are_kept_apart() {
     }
     site.deploy(two.path(), &[]);
     site.assert_answers(&net, &second(&net)).await;
+}
+
+/// Two megabytes, more than the queue of any link takes, at the address of an agent, whatever its node's rank.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_input_reaches_the_cluster_through_any_agent() {
+    let net = Net { image: [3, 400, 400], ..residual(2, &[2], 8) };
+    let policy = ring(&net, 1, Dtype::F16);
+    let (site, split) = (Site::new(2), written(&net, &policy));
+    site.deploy(split.path(), &[]);
+    for (seed, device) in site.devices.iter().enumerate() {
+        let fronts = [device.front.clone()];
+        let client = Client::connect(&fronts, site.key().as_ref(), PATIENCE).await.unwrap();
+        let input = image(&net, seed);
+        let expected = reference::logits(&net, Some(&policy), input.data());
+        let answer = client.infer(vec![input], PATIENCE).await.unwrap();
+        assert_close(answer.outputs[0].data(), &expected, &device.front);
+    }
 }
 
 pub(crate) fn get(address: SocketAddr, path: &str) -> String {
