@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use snn_compiler::Nodes;
 use snn_runtime::agent::Remote;
+use snn_runtime::agent::store::MAX_VERSIONS;
 use snn_runtime::agent::wire::{File, MAX_CHUNK, MAX_MESSAGE, Request, Version};
 use snn_runtime::client::Client;
 use snn_schemas::Dtype;
@@ -204,6 +205,28 @@ async fn two_who_deploy_at_once_are_kept_apart() {
     }
     site.deploy(two.path(), &[]);
     site.assert_answers(&net, &second(&net)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn versions_that_were_left_half_way_make_room_for_another() {
+    let (net, site) = (net(), Site::new(1));
+    let split = tempfile::tempdir().unwrap();
+    let made = crate::split(&net, Some(&first(&net)), Nodes::Even(1));
+    snn::compile::write(&made, split.path()).unwrap();
+    site.deploy(split.path(), &[]);
+    let owner = remote(&site, 0).await;
+    owner.order(&Request::Claim { by: "owner".to_owned() }, PATIENCE).await.unwrap();
+    for number in 0..MAX_VERSIONS + 2 {
+        let manifest = number.to_string().into_bytes();
+        let (version, length) = (Version::of(&manifest), manifest.len() as u64);
+        let manifest = std::io::Cursor::new(manifest);
+        owner.send((&version, File::Manifest), manifest, length, PATIENCE).await.unwrap();
+    }
+    owner.order(&Request::Release {}, PATIENCE).await.unwrap();
+    assert_eq!(versions(&site.devices[0].dir).len(), MAX_VERSIONS);
+    // What runs is not among those that went.
+    site.assert_answers(&net, &first(&net)).await;
+    assert_eq!(site.deploy(split.path(), &[])["sent"], 0);
 }
 
 /// Two megabytes, more than the queue of any link takes, at the address of an agent, whatever its node's rank.

@@ -259,7 +259,7 @@ impl Store {
             return Ok(Vec::new());
         }
         let kept = [self.current(), self.previous()];
-        versions.retain(|other| !kept.contains(&Some(other.clone())) && !runs(other));
+        versions.retain(|other| !kept.iter().flatten().any(|kept| kept == other) && !runs(other));
         versions.sort_by_key(|other| self.touched(other));
         versions.truncate(surplus);
         versions.iter().try_for_each(|old| self.forget(old))?;
