@@ -3,8 +3,8 @@
 //! Takes a shard and where its peers may be; binds at once, loads, joins the cluster, says what it
 //! waits for and when it is ready, and serves until it is told to stop. The `cluster.json` beside the
 //! shard, where there is one, gives addresses, and must be of the same split.
-//! Ends with an error when peers are missing past the timeout, or when a node of another split
-//! appears.
+//! Ends with an error when peers are missing past the timeout, when a node of another split
+//! appears, or when computing panics: a process that lives on keeps others from standing in for it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -286,7 +286,7 @@ async fn start(
     Server::start(link, Arc::clone(knowledge), engines, options).await.context("load")
 }
 
-/// Waits for the peers, then for a fault or a freeze, which is for ever on a sound cluster.
+/// Waits for the peers, then for a fault, a panic or a freeze, which is for ever on a sound cluster.
 async fn stay(
     server: &Server,
     setup: &Setup,
@@ -301,6 +301,9 @@ async fn stay(
         // Others may meet by multicast; somebody who was named is meant to be of the same cluster.
         if let Some(fault) = server.fault().filter(|_| !setup.is_open()) {
             bail!("peers: {fault}");
+        }
+        if let Some(crash) = server.crash() {
+            bail!("compute: {crash}");
         }
         let missing: BTreeSet<usize> = server.missing().into_iter().collect();
         let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
@@ -416,3 +419,6 @@ pub(super) fn ranks(ranks: &BTreeSet<usize>) -> String {
         _ => format!("ranks {}", list.join(", ")),
     }
 }
+
+#[cfg(test)]
+mod tests;

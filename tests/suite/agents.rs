@@ -10,15 +10,16 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use snn_compiler::Nodes;
 use snn_runtime::agent::Remote;
+use snn_runtime::agent::store::MAX_VERSIONS;
 use snn_runtime::agent::wire::{File, MAX_CHUNK, MAX_MESSAGE, Request, Version};
 use snn_runtime::client::Client;
 use snn_schemas::Dtype;
 
 use crate::cluster::PATIENCE;
-use crate::fixtures::residual;
+use crate::fixtures::{Net, residual};
 use crate::processes::{children, kill};
 use crate::site::{Site, connect, first, infer, net, second, text, versions, written};
-use crate::{image, ring};
+use crate::{assert_close, image, reference, ring};
 
 /// Malformed messages to an agent.
 const MESSAGES: usize = 1_500;
@@ -204,6 +205,45 @@ async fn two_who_deploy_at_once_are_kept_apart() {
     }
     site.deploy(two.path(), &[]);
     site.assert_answers(&net, &second(&net)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn versions_that_were_left_half_way_make_room_for_another() {
+    let (net, site) = (net(), Site::new(1));
+    let split = tempfile::tempdir().unwrap();
+    let made = crate::split(&net, Some(&first(&net)), Nodes::Even(1));
+    snn::compile::write(&made, split.path()).unwrap();
+    site.deploy(split.path(), &[]);
+    let owner = remote(&site, 0).await;
+    owner.order(&Request::Claim { by: "owner".to_owned() }, PATIENCE).await.unwrap();
+    for number in 0..MAX_VERSIONS + 2 {
+        let manifest = number.to_string().into_bytes();
+        let (version, length) = (Version::of(&manifest), manifest.len() as u64);
+        let manifest = std::io::Cursor::new(manifest);
+        owner.send((&version, File::Manifest), manifest, length, PATIENCE).await.unwrap();
+    }
+    owner.order(&Request::Release {}, PATIENCE).await.unwrap();
+    assert_eq!(versions(&site.devices[0].dir).len(), MAX_VERSIONS);
+    // What runs is not among those that went.
+    site.assert_answers(&net, &first(&net)).await;
+    assert_eq!(site.deploy(split.path(), &[])["sent"], 0);
+}
+
+/// Two megabytes, more than the queue of any link takes, at the address of an agent, whatever its node's rank.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_input_reaches_the_cluster_through_any_agent() {
+    let net = Net { image: [3, 400, 400], ..residual(2, &[2], 8) };
+    let policy = ring(&net, 1, Dtype::F16);
+    let (site, split) = (Site::new(2), written(&net, &policy));
+    site.deploy(split.path(), &[]);
+    for (seed, device) in site.devices.iter().enumerate() {
+        let fronts = [device.front.clone()];
+        let client = Client::connect(&fronts, site.key().as_ref(), PATIENCE).await.unwrap();
+        let input = image(&net, seed);
+        let expected = reference::logits(&net, Some(&policy), input.data());
+        let answer = client.infer(vec![input], PATIENCE).await.unwrap();
+        assert_close(answer.outputs[0].data(), &expected, &device.front);
+    }
 }
 
 pub(crate) fn get(address: SocketAddr, path: &str) -> String {

@@ -324,6 +324,30 @@ async fn a_broken_link_costs_a_piece_and_a_part_goes_on_from_its_length() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_shard_that_has_changed_on_disk_is_sent_again() {
+    let (net, mut site) = (net(), Site::new(1));
+    let folder = tempfile::tempdir().unwrap();
+    snn::compile::write(&split(&net, Some(&first(&net)), Nodes::Even(1)), folder.path()).unwrap();
+    let shard = std::fs::read(folder.path().join("shard_0.onnx")).unwrap();
+    site.deploy(folder.path(), &[]);
+    let file = versions(&site.devices[0].dir).remove(0).join("shard_0.onnx");
+    let mut changed = shard.clone();
+    *changed.last_mut().unwrap() ^= 1;
+    // After a power cut, as that of the current version, which cannot be started any more.
+    site.devices[0].pull_the_plug();
+    std::fs::write(&file, &changed).unwrap();
+    site.devices[0].plug_in();
+    assert_eq!(site.deploy(folder.path(), &[])["sent"], shard.len());
+    assert_eq!(std::fs::read(&file).unwrap(), shard);
+    site.assert_answers(&net, &first(&net)).await;
+    // While it runs.
+    std::fs::write(&file, &changed).unwrap();
+    assert_eq!(site.deploy(folder.path(), &[])["sent"], shard.len());
+    assert_eq!(std::fs::read(&file).unwrap(), shard);
+    site.assert_answers(&net, &first(&net)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn only_who_has_the_key_deploys_and_only_what_is_whole() {
     let (net, site) = (net(), Site::new(2));
     let split = written(&net, &first(&net));

@@ -13,7 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::wire::{Settings, Version};
-use crate::client::{AskError, Client, ClusterInfo, infer_key, info_key, own_key};
+use crate::client::{AskError, Client, ClusterInfo, door_key, infer_key, info_key, own_key};
 use crate::http::{Asker, Own, Unanswered};
 use crate::key::ClusterKey;
 use crate::questions::{answer_questions, queryable, reply};
@@ -224,14 +224,20 @@ impl Asker for Front {
     }
 }
 
-/// Answers, at the address of `link`, what [`Client`]s ask, until it is dropped.
+/// Answers, at the address of `link`, what [`Client`]s ask, until it is dropped. Those whose inputs are too
+/// large to be passed on ask at its door, as at a node's.
 ///
 /// # Errors
 /// A link that has ended.
 pub async fn answer(link: Link, front: Arc<Front>) -> Result<(), LinkError> {
     let about = queryable(&link, &own_key(&info_key(FRONT), &link.id())).await?;
     let asked = queryable(&link, &own_key(&infer_key(FRONT), &link.id())).await?;
+    let door = queryable(&link, &door_key(FRONT, &link.id())).await?;
     let asks = Arc::clone(&front);
+    let ask = move |inputs, within| {
+        let front = Arc::clone(&asks);
+        async move { front.ask(inputs, within).await }
+    };
     tokio::join!(
         async {
             while let Ok(query) = about.recv_async().await {
@@ -241,10 +247,8 @@ pub async fn answer(link: Link, front: Arc<Front>) -> Result<(), LinkError> {
                 }
             }
         },
-        answer_questions(asked, move |inputs, within| {
-            let front = Arc::clone(&asks);
-            async move { front.ask(inputs, within).await }
-        }),
+        answer_questions(asked, ask.clone()),
+        answer_questions(door, ask),
     );
     Ok(())
 }

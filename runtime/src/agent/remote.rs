@@ -60,6 +60,8 @@ pub async fn find(key: Option<&ClusterKey>, within: Duration) -> Result<Vec<Stri
         }
     }
     addresses.sort();
+    // Whoever answers may give another's address for his.
+    addresses.dedup();
     Ok(addresses)
 }
 
@@ -314,4 +316,11 @@ pub enum RemoteError {
         /// The system's answer.
         source: std::io::Error,
     },
+}
+
+impl RemoteError {
+    /// Whether nothing that was heard is of an agent with the same key: nobody, or somebody else, is there.
+    pub fn is_of_stranger(&self) -> bool {
+        matches!(self, RemoteError::NoAgent { .. } | RemoteError::Ask(_) | RemoteError::Wire(_))
+    }
 }

@@ -21,7 +21,7 @@ use super::claim::Claim;
 use super::error::AgentError;
 use super::front::{Backend, Front};
 use super::launch::{Launched, Launcher, NodeOrder};
-use super::store::{Order, Store};
+use super::store::{Order, Store, StoreError};
 use super::wire::{
     self, AGENT_KEY, Asker, Description, MAX_MESSAGE, MAX_PEERS, NodeState, Reply, Request,
     Version, VersionState,
@@ -245,10 +245,15 @@ impl Agent {
         match request {
             Request::Describe {} => Ok(Reply::Described { agent: Box::new(self.description()) }),
             Request::Claim { .. } | Request::Release {} => Ok(Reply::Done {}), // heard already
-            Request::Have { version, file } => Ok(have(self.store.have(&version, file)?)),
+            Request::Have { version, file } => {
+                let look = || self.store.have(&version, file);
+                Ok(have(tokio::task::block_in_place(look)?))
+            }
             Request::Put { version, file, offset, last } => {
-                let piece = (offset, &piece[..]);
-                let put = || self.store.put(&version, file, piece, last);
+                let put = || {
+                    self.make_room(&version)?;
+                    self.store.put(&version, file, (offset, &piece[..]), last)
+                };
                 Ok(have(tokio::task::block_in_place(put)?))
             }
             Request::Reserve {} => Ok(Reply::Reserved { port: self.free_port()? }),
@@ -277,6 +282,16 @@ impl Agent {
                 Ok(Reply::Done {})
             }
         }
+    }
+
+    /// Removes old versions that nobody needs where a new one needs a place.
+    fn make_room(&self, version: &Version) -> Result<(), StoreError> {
+        let runs =
+            |other: &Version| self.running.contains_key(other) || self.retired.contains_key(other);
+        for version in self.store.make_room(version, runs)? {
+            tracing::info!(%version, "removed, to make room for another");
+        }
+        Ok(())
     }
 
     fn description(&self) -> Description {

@@ -1,15 +1,18 @@
 //! An agent's files: versions, how they were started, and which one is current.
 //!
 //! Takes the folder the agent may use; keeps in it `<version>/cluster.json`, `<version>/<shard>`,
-//! `<version>/node.json` (rank, port, peers) and `current`; a version's nodes keep what they learn in a folder
-//! of it, which goes with the version. A file is written beside its place, checked
-//! by its SHA-256, and moved there whole; until then it is `<name>.part`, and goes on from its length.
+//! `<version>/node.json` (rank, port, peers), `current` and `previous`; a version's nodes keep what they learn
+//! in a folder of it, which goes with the version. A file is written beside its place, checked
+//! by its SHA-256, and moved there whole; until then it is `<name>.part`, and goes on from its length. One
+//! that has been changed on disk is removed when it is asked for or used.
 //! Nothing a peer says becomes a path, but digits of a version, and names that a manifest may have.
 //! One agent uses a folder at a time.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -23,7 +26,12 @@ pub const MAX_SHARD_BYTES: u64 = 1 << 31;
 /// left half way.
 pub const MAX_VERSIONS: usize = 8;
 
+/// How long a file that was read and was as it should be counts as such, unless it is changed: longer than
+/// any agent is waited for before it is asked again, so that each question is not another reading.
+const CHECKED_FOR: Duration = Duration::from_secs(60);
+
 const CURRENT: &str = "current";
+const PREVIOUS: &str = "previous";
 const ORDER: &str = "node.json";
 const LOCK: &str = "lock";
 const PART: &str = "part";
@@ -47,6 +55,8 @@ pub struct Order {
 #[derive(Debug)]
 pub struct Store {
     dir: PathBuf,
+    /// The file that was last found to be as it should be.
+    checked: Mutex<Option<Checked>>,
     // Held as long as the store is: the lock goes with it.
     _lock: fs::File,
 }
@@ -65,17 +75,21 @@ impl Store {
         if lock.try_lock().is_err() {
             return Err(StoreError::Taken { path: dir });
         }
-        Ok(Store { dir, _lock: lock })
+        Ok(Store { dir, checked: Mutex::default(), _lock: lock })
     }
 
-    /// How much of a file is there, and whether it is whole.
+    /// How much of a file is there, and whether it is whole and of the right hash. One that is not any more is
+    /// removed, so that it is sent again.
     ///
     /// # Errors
     /// A shard whose manifest is not there.
     pub fn have(&self, version: &Version, file: File) -> Result<(u64, bool), StoreError> {
         let wanted = self.wanted(version, file)?;
         if let Ok(found) = fs::metadata(&wanted.path) {
-            return Ok((found.len(), true));
+            match self.check(&wanted, &found) {
+                Ok(()) => return Ok((found.len(), true)),
+                Err(error) => tracing::warn!(%error, "a file is removed, to be sent again"),
+            }
         }
         let part = fs::metadata(wanted.part());
         Ok((part.map_or(0, |part| part.len()), false))
@@ -94,8 +108,8 @@ impl Store {
         last: bool,
     ) -> Result<(u64, bool), StoreError> {
         let wanted = self.wanted(version, file)?;
-        if let (length, true) = self.have(version, file)? {
-            return Ok((length, true));
+        if let Ok(found) = fs::metadata(&wanted.path) {
+            return Ok((found.len(), true));
         }
         let part = wanted.part();
         let end = offset.saturating_add(piece.len() as u64);
@@ -149,16 +163,11 @@ impl Store {
     /// The file of a rank's shard, which must be whole and of the right hash.
     ///
     /// # Errors
-    /// It is not there, or has been changed on disk.
+    /// It is not there, or has been changed on disk: it is then removed, so that it is sent again.
     pub fn shard(&self, version: &Version, rank: usize) -> Result<PathBuf, StoreError> {
         let wanted = self.wanted(version, File::Shard(rank))?;
-        let path = wanted.path;
-        let io = |source| StoreError::Io { path: path.clone(), source };
-        let found = hash(&mut fs::File::open(&path).map_err(io)?).map_err(io)?;
-        match found == wanted.sha256 {
-            true => Ok(path),
-            false => Err(StoreError::Hash { path, found, wanted: wanted.sha256 }),
-        }
+        wanted.check_or_remove()?;
+        Ok(wanted.path)
     }
 
     /// How a version was started, if it ever was.
@@ -178,17 +187,30 @@ impl Store {
 
     /// The version that runs after a restart.
     pub fn current(&self) -> Option<Version> {
-        Version::parse(fs::read_to_string(self.dir.join(CURRENT)).ok()?.trim())
+        self.named(CURRENT)
     }
 
-    /// Says which version runs after a restart; none, without one.
+    /// The version that was current before the one that is, or before none was.
+    pub fn previous(&self) -> Option<Version> {
+        self.named(PREVIOUS)
+    }
+
+    fn named(&self, file: &str) -> Option<Version> {
+        Version::parse(fs::read_to_string(self.dir.join(file)).ok()?.trim())
+    }
+
+    /// Says which version runs after a restart; none, without one. The one until now is the previous one.
     ///
     /// # Errors
     /// What the system says.
     pub fn set_current(&self, version: Option<&Version>) -> Result<(), StoreError> {
+        let line = |version: &Version| format!("{}\n", version.as_str());
+        if let Some(until_now) = self.current().filter(|current| version != Some(current)) {
+            replace(&self.dir.join(PREVIOUS), line(&until_now).as_bytes())?;
+        }
         let path = self.dir.join(CURRENT);
         match version {
-            Some(version) => replace(&path, format!("{}\n", version.as_str()).as_bytes()),
+            Some(version) => replace(&path, line(version).as_bytes()),
             None => match fs::remove_file(&path) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
                     Err(StoreError::Io { path, source })
@@ -219,6 +241,52 @@ impl Store {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Removes versions until there is a place for another, oldest first, where `version` needs one: none that
+    /// is current, was it before, or `runs`. Gives those that are gone.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn make_room(
+        &self,
+        version: &Version,
+        runs: impl Fn(&Version) -> bool,
+    ) -> Result<Vec<Version>, StoreError> {
+        let mut versions = self.versions();
+        let surplus = (versions.len() + 1).saturating_sub(MAX_VERSIONS);
+        if versions.contains(version) || surplus == 0 {
+            return Ok(Vec::new());
+        }
+        let kept = [self.current(), self.previous()];
+        versions.retain(|other| !kept.iter().flatten().any(|kept| kept == other) && !runs(other));
+        versions.sort_by_key(|other| self.touched(other));
+        versions.truncate(surplus);
+        versions.iter().try_for_each(|old| self.forget(old))?;
+        Ok(versions)
+    }
+
+    /// When a file of a version last came or went.
+    fn touched(&self, version: &Version) -> Option<SystemTime> {
+        fs::metadata(self.dir.join(version.as_str())).and_then(|folder| folder.modified()).ok()
+    }
+
+    /// Whether a file that is there is as it should be; it is removed where it is not. Whoever asks gives up
+    /// on an agent that reads a large file for longer, and asks again: then it is not read again.
+    fn check(&self, wanted: &Wanted, found: &fs::Metadata) -> Result<(), StoreError> {
+        let changed = found.modified().ok();
+        let mut checked = self.checked.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_known = |known: &Checked| {
+            let same = known.path == wanted.path && known.length == found.len();
+            same && known.changed == changed && known.when.elapsed() < CHECKED_FOR
+        };
+        if checked.as_ref().is_some_and(is_known) {
+            return Ok(());
+        }
+        wanted.check_or_remove()?;
+        let (path, length) = (wanted.path.clone(), found.len());
+        *checked = Some(Checked { path, length, changed, when: Instant::now() });
+        Ok(())
     }
 
     fn wanted(&self, version: &Version, file: File) -> Result<Wanted, StoreError> {
@@ -258,6 +326,31 @@ impl Wanted {
         name.push(PART);
         name.into()
     }
+
+    /// Reads the file, and removes it where it is another or cannot be read: nothing else would replace it.
+    fn check_or_remove(&self) -> Result<(), StoreError> {
+        let io = |source| StoreError::Io { path: self.path.clone(), source };
+        let mut file = fs::File::open(&self.path).map_err(io)?;
+        let wrong = match hash(&mut file) {
+            Ok(found) if found == self.sha256 => return Ok(()),
+            Ok(found) => {
+                let (path, wanted) = (self.path.clone(), self.sha256.clone());
+                StoreError::Hash { path, found, wanted }
+            }
+            Err(source) => io(source),
+        };
+        fs::remove_file(&self.path).map_err(io)?;
+        Err(wrong)
+    }
+}
+
+/// A file that has been read and was as it should be.
+#[derive(Debug)]
+struct Checked {
+    path: PathBuf,
+    length: u64,
+    changed: Option<SystemTime>,
+    when: Instant,
 }
 
 fn hash(file: &mut fs::File) -> io::Result<String> {
@@ -336,76 +429,10 @@ pub enum StoreError {
         /// The limit.
         limit: u64,
     },
-    /// Too many versions.
+    /// Too many versions, none of which may go.
     #[error("{MAX_VERSIONS} versions are kept already")]
     Full,
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn folder(name: &str) -> PathBuf {
-        let folder = std::env::temp_dir().join(format!("snn-store-{}-{name}", std::process::id()));
-        let _ = fs::remove_dir_all(&folder);
-        folder
-    }
-
-    #[test]
-    fn a_file_arrives_in_pieces_goes_on_where_it_ended_and_must_have_its_hash() {
-        let folder = folder("pieces");
-        let bytes = b"{\"not\": \"a manifest, but as good as any here\"}";
-        let version = Version::of(bytes);
-        let store = Store::open(&folder).unwrap();
-        let put = |offset: usize, end: usize, last| {
-            let piece = (offset as u64, &bytes[offset..end]);
-            store.put(&version, File::Manifest, piece, last)
-        };
-        assert_eq!(store.have(&version, File::Manifest).unwrap(), (0, false));
-        assert_eq!(put(0, 10, false).unwrap(), (10, false));
-        // A gap is not written: the sender is told where to go on.
-        assert_eq!(put(20, 30, false).unwrap(), (10, false));
-        drop(store);
-        let store = Store::open(&folder).unwrap();
-        assert_eq!(store.have(&version, File::Manifest).unwrap(), (10, false));
-        let put = |offset: usize, end: usize, last| {
-            let piece = (offset as u64, &bytes[offset..end]);
-            store.put(&version, File::Manifest, piece, last)
-        };
-        // The same piece twice does no harm.
-        assert_eq!(put(5, 30, false).unwrap(), (30, false));
-        assert_eq!(put(5, 30, false).unwrap(), (30, false));
-        assert_eq!(put(29, bytes.len(), true).unwrap(), (bytes.len() as u64, true));
-        assert!(matches!(
-            store.put(&Version::of(b"other"), File::Manifest, (0, bytes), true),
-            Err(StoreError::Hash { .. })
-        ));
-        assert_eq!(store.have(&Version::of(b"other"), File::Manifest).unwrap(), (0, false));
-        fs::remove_dir_all(folder).unwrap();
-    }
-
-    #[test]
-    fn the_folder_is_used_by_one_and_remembers_what_is_current() {
-        let folder = folder("one");
-        let store = Store::open(&folder).unwrap();
-        assert!(matches!(Store::open(&folder), Err(StoreError::Taken { .. })));
-        assert_eq!(store.current(), None);
-        let version = Version::of(b"x");
-        store.set_current(Some(&version)).unwrap();
-        assert_eq!(store.current(), Some(version.clone()));
-        assert!(matches!(store.shard(&version, 0), Err(StoreError::Io { .. })));
-        store.set_current(None).unwrap();
-        store.set_current(None).unwrap();
-        assert_eq!(store.current(), None);
-        for number in 0..MAX_VERSIONS {
-            let bytes = number.to_string();
-            let of = Version::of(bytes.as_bytes());
-            store.put(&of, File::Manifest, (0, bytes.as_bytes()), true).unwrap();
-        }
-        let more = store.put(&version, File::Manifest, (0, b"x"), true);
-        assert!(matches!(more, Err(StoreError::Full)));
-        store.forget(&store.versions()[0]).unwrap();
-        store.put(&version, File::Manifest, (0, b"x"), true).unwrap();
-        fs::remove_dir_all(folder).unwrap();
-    }
-}
+mod tests;

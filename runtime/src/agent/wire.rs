@@ -153,7 +153,7 @@ pub enum Request {
     },
     /// Let others change things again.
     Release {},
-    /// How much of a file it has. Answered with [`Reply::Have`].
+    /// How much of a file it has that is as it should be. Answered with [`Reply::Have`].
     Have {
         /// The version.
         version: Version,

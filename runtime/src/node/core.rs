@@ -2,13 +2,13 @@
 //!
 //! Takes what a transport has for the node (frames, peers that come and go); gives answers to those
 //! who asked, and news to the compute thread through the mailbox. A frame that makes no sense is dropped,
-//! with its reason logged; a lost peer ends every request at hand.
+//! with its reason logged, of each sender once a second at most; a lost peer ends every request at hand.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use snn_schemas::metadata::ShardInfo;
@@ -22,7 +22,7 @@ use crate::mailbox::Mailbox;
 use crate::membership::Role;
 use crate::shard::Shard;
 use crate::transport::Event;
-use crate::watch::{Kind, Log, Recorder};
+use crate::watch::{Kind, Log, Recorder, Seldom};
 
 /// Everything of a node that other threads touch.
 pub(super) struct Core {
@@ -32,6 +32,10 @@ pub(super) struct Core {
     /// Ranks that are not there.
     pub(super) missing: watch::Sender<BTreeSet<usize>>,
     pub(super) fault: Mutex<Option<String>>,
+    /// Why the compute thread is there no more, if it panicked.
+    pub(super) crash: OnceLock<String>,
+    /// What is said of dropped frames, by the rank that sent them, where that is one.
+    dropped: Mutex<BTreeMap<Option<usize>, Seldom>>,
     pub(super) asked: Mutex<HashMap<u64, oneshot::Sender<Result<Answer, InferError>>>>,
     pub(super) report: Mutex<NodeReport>,
     pub(super) next_request: AtomicU64,
@@ -59,6 +63,8 @@ impl Core {
             identity,
             missing,
             fault: Mutex::new(None),
+            crash: OnceLock::new(),
+            dropped: Mutex::default(),
             asked: Mutex::new(HashMap::new()),
             report: Mutex::new(NodeReport::new(shard)),
             next_request: AtomicU64::new(start),
@@ -72,7 +78,7 @@ impl Core {
         match event {
             Event::Frame { bytes } => {
                 if let Err(reason) = self.take_frame(bytes) {
-                    tracing::warn!(%reason, "frame dropped");
+                    self.tell_dropped(&reason);
                 }
             }
             Event::PeerUp { rank, split } if split != self.identity.split => {
@@ -108,8 +114,10 @@ impl Core {
     fn take_frame(&self, bytes: Bytes) -> Result<(), FrameError> {
         match Frame::decode(bytes)? {
             Frame::Tensor(frame) => {
-                let (request, transfer) = (frame.request, frame.transfer);
-                self.mailbox.post(frame)?;
+                let (request, transfer, from) =
+                    (frame.request, frame.transfer, usize::from(frame.from));
+                let posted = self.mailbox.post(frame);
+                posted.map_err(|reason| FrameError::Refused { from, reason })?;
                 self.recorder.instant(Kind::Arrived, transfer, request);
             }
             Frame::Cancel(Cancel { from, request, again, reason }) => {
@@ -126,6 +134,16 @@ impl Core {
             }
         }
         Ok(())
+    }
+
+    /// Says why a frame was dropped, unless one of the same sender was just now.
+    fn tell_dropped(&self, reason: &FrameError) {
+        // Senders that cannot be are one: a peer may make up any number of them.
+        let sender = reason.sender().filter(|&rank| self.is_other(rank));
+        let said = lock(&self.dropped).entry(sender).or_default().say(Instant::now());
+        if let Some(left_out) = said {
+            tracing::warn!(%reason, left_out, "frame dropped");
+        }
     }
 
     fn lose(&self, rank: usize, role: Role) {

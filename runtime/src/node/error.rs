@@ -14,8 +14,22 @@ use crate::mailbox::Refused;
 pub(super) enum FrameError {
     #[error(transparent)]
     Wire(#[from] WireError),
-    #[error(transparent)]
-    Refused(#[from] Refused),
+    #[error("{reason}")]
+    Refused {
+        /// The rank that sent it, as it says.
+        from: usize,
+        reason: Refused,
+    },
+}
+
+impl FrameError {
+    /// The rank that sent the frame, where the frame says so.
+    pub(super) fn sender(&self) -> Option<usize> {
+        match self {
+            FrameError::Wire(_) => None,
+            FrameError::Refused { from, .. } => Some(*from),
+        }
+    }
 }
 
 /// Why a node does not start.

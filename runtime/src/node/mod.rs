@@ -8,6 +8,9 @@
 //!
 //! Every request ends, with an answer or an error: at its deadline at the latest, at once when a peer
 //! dies or a node cannot compute its part. Its memory is then given back on every node.
+//!
+//! A panic while computing ends the node's thread and nothing else: [`Node::crash`] tells of it, and whoever
+//! has the node must end it, so that peers hear that it is gone.
 
 mod core;
 mod error;
@@ -15,7 +18,9 @@ mod outbox;
 mod report;
 mod worker;
 
+use std::any::Any;
 use std::collections::BTreeSet;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -73,9 +78,16 @@ impl Node {
             (ports(&program, &program.inputs), ports(&program, &program.outputs));
         let (loaded, loading) = oneshot::channel();
         let worker = Worker::new(Arc::clone(&core), program);
+        let watched = Arc::clone(&core);
         let compute = thread::Builder::new()
             .name(format!("snn-compute-{}", core.identity.rank))
-            .spawn(move || worker.run(engine, loaded))
+            .spawn(move || {
+                let run = AssertUnwindSafe(move || worker.run(engine, loaded));
+                if let Err(payload) = panic::catch_unwind(run) {
+                    let (rank, words) = (watched.identity.rank, words(payload.as_ref()));
+                    watched.crash.get_or_init(|| format!("rank {rank} panicked: {words}"));
+                }
+            })
             .map_err(StartError::Thread)?;
         let (senders, compute) = (JoinSet::new(), Some(compute));
         let sending = CancellationToken::new().drop_guard();
@@ -139,6 +151,11 @@ impl Node {
     /// What makes this node unable to take part, if anything does.
     pub fn fault(&self) -> Option<String> {
         lock(&self.core.fault).clone()
+    }
+
+    /// What the compute thread said when it panicked, if it did: no request is computed any more.
+    pub fn crash(&self) -> Option<String> {
+        self.core.crash.get().cloned()
     }
 
     /// What the node has counted.
@@ -235,7 +252,7 @@ impl Node {
         self.sending.token().cancel();
         self.senders.shutdown().await;
         if let Some(compute) = self.compute.take() {
-            // A panic of the thread has been reported by its hook; there is nothing left to end.
+            // A panic of the thread has been noted; there is nothing left to end.
             let _ = tokio::task::spawn_blocking(move || compute.join()).await;
         }
     }
@@ -263,6 +280,13 @@ impl Drop for Cleanup<'_> {
             self.node.core.outbox.cancel(self.request, reason);
         }
     }
+}
+
+/// What a panic says.
+fn words(payload: &(dyn Any + Send)) -> &str {
+    let text = payload.downcast_ref::<&str>().copied();
+    text.or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no reason given")
 }
 
 fn ports(program: &Program, slots: &[Slot]) -> Vec<Port> {

@@ -165,6 +165,12 @@ impl Server {
         ranks.get(&self.process.info.rank).and_then(|home| home.node.fault())
     }
 
+    /// Why a rank that this process computes is computed no more, if one's thread has panicked. As long as the
+    /// process lives nobody stands in for that rank.
+    pub fn crash(&self) -> Option<String> {
+        self.process.ranks().values().find_map(|computed| computed.node.crash())
+    }
+
     /// What this process has counted, a report for each rank it computes.
     pub fn reports(&self) -> Vec<NodeReport> {
         self.process.ranks().values().map(|computed| computed.node.report()).collect()

@@ -10,8 +10,10 @@ mod events;
 mod histogram;
 pub mod metrics;
 mod recorder;
+mod seldom;
 pub mod trace;
 
 pub use events::{Event, Log};
 pub use histogram::{BOUNDS_MS, Histogram};
 pub use recorder::{Kind, Lane, MAX_SPANS, Recorder, Span};
+pub(crate) use seldom::Seldom;

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
-use snn_runtime::agent::{AGENT_PORT, Remote, Settings, find};
+use snn_runtime::agent::{AGENT_PORT, Remote, RemoteError, Settings, find};
 use snn_runtime::key::ClusterKey;
 
 use super::args::Deploy;
@@ -136,17 +136,10 @@ async fn roll_out(
 
 /// The agents that were named, or else those that are found.
 async fn connect(args: &Deploy, key: Option<&ClusterKey>) -> Result<Vec<Arc<Remote>>> {
-    let addresses = match args.to.is_empty() {
-        true => {
-            let found = find(key, FIND_WITHIN).await?;
-            let whose = if key.is_some() { " that has this key" } else { "" };
-            ensure!(
-                !found.is_empty(),
-                "no agent{whose} answers on the local network; name them with --to ADDR"
-            );
-            found
-        }
-        false => args.to.iter().map(|address| with_port(address)).collect(),
+    let are_named = !args.to.is_empty();
+    let addresses = match are_named {
+        true => args.to.iter().map(|address| with_port(address)).collect(),
+        false => find(key, FIND_WITHIN).await?,
     };
     for (index, address) in addresses.iter().enumerate() {
         if addresses[..index].contains(address) {
@@ -157,9 +150,31 @@ async fn connect(args: &Deploy, key: Option<&ClusterKey>) -> Result<Vec<Arc<Remo
         let key = key.cloned();
         async move { Remote::connect(&address, key.as_ref()).await }
     });
-    let mut agents = Vec::new();
-    for connected in all(connecting).await? {
-        agents.push(Arc::new(connected.context("agent")?));
+    let agents = without_strangers(all(connecting).await?, are_named, &mut complain)?;
+    let whose = if key.is_some() { " that has this key" } else { "" };
+    ensure!(
+        !agents.is_empty(),
+        "no agent{whose} answers on the local network; name them with --to ADDR"
+    );
+    Ok(agents.into_iter().map(Arc::new).collect())
+}
+
+/// Those who are agents of this key. Anybody on the network may have answered the call: whoever was found
+/// and is none is left out with a warning, whoever was named is an error.
+fn without_strangers<T>(
+    connected: Vec<Result<T, RemoteError>>,
+    are_named: bool,
+    warn: &mut dyn FnMut(&str),
+) -> Result<Vec<T>> {
+    let mut agents = Vec::with_capacity(connected.len());
+    for connected in connected {
+        match connected {
+            Ok(agent) => agents.push(agent),
+            Err(error) if !are_named && error.is_of_stranger() => {
+                warn(&format!("agent: {error}; left out"));
+            }
+            Err(error) => return Err(error).context("agent"),
+        }
     }
     Ok(agents)
 }
@@ -190,7 +205,27 @@ async fn all<T: Send + 'static, F: Future<Output = T> + Send + 'static>(
 
 #[cfg(test)]
 mod tests {
-    use super::with_port;
+    use snn_runtime::agent::RemoteError;
+
+    use super::{with_port, without_strangers};
+
+    #[test]
+    fn a_stranger_is_left_out_where_he_was_found_and_an_error_where_he_was_named() {
+        let address = "10.0.0.9:7448";
+        let stranger = || RemoteError::NoAgent { address: address.to_owned() };
+        let refusal = || RemoteError::Refused { address: address.to_owned(), reason: "no".into() };
+        let said = "agent: 10.0.0.9:7448: no agent answers there, or none that has this key";
+        let mut warnings = Vec::new();
+        let mut warn = |warning: &str| warnings.push(warning.to_owned());
+        let found = vec![Ok(1), Err(stranger()), Ok(3)];
+        assert_eq!(without_strangers(found, false, &mut warn).unwrap(), [1, 3]);
+        let named = without_strangers(vec![Ok(1), Err(stranger())], true, &mut warn);
+        assert_eq!(format!("{:#}", named.unwrap_err()), said);
+        // An agent's own refusal is nobody else's.
+        let refused = without_strangers(vec![Ok(1), Err(refusal())], false, &mut warn);
+        assert_eq!(format!("{:#}", refused.unwrap_err()), "agent: 10.0.0.9:7448: no");
+        assert_eq!(warnings, [format!("{said}; left out")]);
+    }
 
     #[test]
     fn addresses_get_the_port_of_agents_where_they_have_none() {
