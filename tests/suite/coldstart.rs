@@ -125,7 +125,11 @@ async fn agents_answer_after_a_power_cut_that_one_does_not_return_from() {
         wait_until("all is kept", || {
             let kept = version.join("kept");
             kept.is_dir()
-                && files(&kept).iter().filter(|f| f.extension().unwrap() != "part").count() == 4
+                && files(&kept)
+                    .iter()
+                    .filter(|f| f.extension().is_some_and(|of| of != "part"))
+                    .count()
+                    == 4
         });
     }
     site.devices.iter_mut().for_each(site::Device::pull_the_plug);

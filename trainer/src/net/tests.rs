@@ -147,7 +147,7 @@ fn exchange_is_that_of_a_plain_evaluation() {
             classifier,
             pooled_norm: true,
         };
-        let network = seasoned(Network::new(&settings, 3, &Device::flex()));
+        let network = seasoned(Network::new(&settings, 3, &Device::flex())).folded();
         let policy =
             some_policy(groups, staleness, Policy::steps_for(settings.blocks(), staleness), dtype);
         let mut rng = rng(5, "image", groups);
