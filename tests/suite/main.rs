@@ -23,6 +23,7 @@ mod devices;
 mod equality;
 mod faults;
 mod garbage;
+mod guests;
 mod http;
 mod https;
 mod overlap;
