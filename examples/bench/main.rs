@@ -58,6 +58,9 @@ struct Args {
     /// Folder for traces of the four in their namespaces, one a link, which Perfetto opens
     #[arg(long)]
     traces: Option<PathBuf>,
+    /// Write the paper's networks and policies to this folder, for the commands of runtime/BENCH.md, and measure nothing
+    #[arg(long, value_name = "DIR")]
+    write: Option<PathBuf>,
     /// Folder for bench.json and bench.svg
     #[arg(short, long, default_value = ".")]
     output: PathBuf,
@@ -91,6 +94,9 @@ struct Run {
 }
 
 fn run(args: &Args) -> Result<()> {
+    if let Some(folder) = &args.write {
+        return models::write(folder);
+    }
     let models = Models::prepare(args.model.as_deref(), &args.policy)?;
     eprintln!("one device: this engine, stock tract, ONNX Runtime …");
     let single = Single::measure(&models, &args.python)?;

@@ -23,6 +23,37 @@ const CODECS: [(&str, &str); 3] = [
     ("i4, zeros packed", r#""dtype": "i4", "packing": "zeros""#),
 ];
 
+/// The paper's networks by the names that BENCH.md's commands use: depth, cardinality and path width, groups.
+const PAPERS: [(&str, usize, [usize; 2], usize); 4] = [
+    ("sep56", 56, [4, 16], 4),
+    ("resnext56", 56, [4, 16], 1),
+    ("sep110-8x16d", 110, [8, 16], 4),
+    ("sep56-64x4d", 56, [64, 4], 4),
+];
+
+/// Writes the paper's networks, untrained, and Table 6's policy in each codec to a folder.
+pub(crate) fn write(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder)?;
+    let write = |name: String, bytes: &[u8]| {
+        let path = folder.join(name);
+        fs::write(&path, bytes).with_context(|| path.display().to_string())
+    };
+    for (name, depth, paths, groups) in PAPERS {
+        let model = sep_resnext(depth, paths, 64, groups, 100).onnx(style("burn"));
+        write(format!("{name}.onnx"), &normalised(model)?)?;
+    }
+    for (name, codec) in CODECS {
+        let dtype = name.split(',').next().unwrap_or(name);
+        write(format!("table6-{dtype}.json"), table_6(codec).as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Table 6's policy, whose exchanges travel so.
+fn table_6(codec: &str) -> String {
+    format!(r#"{{"version": 1, "groups": 4, "staleness": 2, {codec}, "decisions": {TABLE_6}}}"#)
+}
+
 /// The networks, in a folder of their own.
 pub(crate) struct Models {
     folder: tempfile::TempDir,
@@ -52,10 +83,7 @@ impl Models {
             models.split(&source, &name, &read(path)?)?;
         }
         for (name, codec) in CODECS.iter().filter(|_| policies.is_empty()) {
-            let policy = format!(
-                r#"{{"version": 1, "groups": 4, "staleness": 2, {codec}, "decisions": {TABLE_6}}}"#
-            );
-            models.split(&source, name, policy.as_bytes())?;
+            models.split(&source, name, table_6(codec).as_bytes())?;
         }
         models.write_whole(&source, &bytes)?;
         if models.has_ordinary {

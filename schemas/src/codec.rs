@@ -19,6 +19,7 @@
 
 mod loops;
 mod pixels;
+mod wide;
 
 use bytes::{BufMut as _, BytesMut};
 use schemars::JsonSchema;

@@ -295,10 +295,13 @@ impl Conv {
         }
         match &self.gather {
             None => self.convolve(input, addends, output, workers),
-            Some(gather) => COPY.with_borrow_mut(|copy| {
-                gather.copy(&self.spec, (input, self.planes()), copy, workers);
+            Some(gather) => {
+                // Taken and put back: a thread that waits for its workers may be given another convolution.
+                let mut copy = COPY.take();
+                gather.copy(&self.spec, (input, self.planes()), &mut copy, workers);
                 self.convolve(copy.as_slice(), addends, output, workers);
-            }),
+                COPY.set(copy);
+            }
         }
         Ok(())
     }

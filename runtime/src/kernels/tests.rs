@@ -407,6 +407,42 @@ fn every_tile_of_every_width() {
     }
 }
 
+/// A worker that is given another convolution whenever it waits.
+struct Busy(ConvSpec);
+
+impl Workers for Busy {
+    fn count(&self) -> usize {
+        2
+    }
+
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..tasks).for_each(|at| {
+            check(self.0, &Alone, 0);
+            task(at);
+        });
+    }
+}
+
+#[test]
+fn a_thread_that_waits_may_compute_another_convolution() {
+    let one = Halo { top: 1, left: 1, bottom: 1, right: 1 };
+    let spec = ConvSpec {
+        batch: 1,
+        input: 8,
+        output: 8,
+        groups: 1,
+        image: [5, 5],
+        margin: Halo::default(),
+        kernel: [3, 3],
+        stride: [1, 1],
+        pads: one,
+        halo: Halo::default(),
+        planar: false,
+        activation: Activation::None,
+    };
+    check(spec, &Busy(ConvSpec { image: [9, 9], ..spec }), 0);
+}
+
 #[test]
 fn halves_are_rounded_to_nearest_even() {
     // 1 + 2⁻¹¹ lies between two halves and goes to the even one below, 1 + 3 · 2⁻¹¹ to the one above.

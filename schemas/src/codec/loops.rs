@@ -2,9 +2,10 @@
 //!
 //! Takes and gives slices; what the bytes mean is the specification in [`codec`](super). Elements go eight at
 //! a time through arrays of a fixed size, so that compilers make vector instructions of what is regular,
-//! and nothing branches on a single element: which half of a ReLU's results is zero cannot be guessed.
+//! and nothing branches on a single element: which half of a ReLU's results is zero cannot be guessed. What moves
+//! elements together or apart goes 64 bytes at a time where the processor can ([`wide`]).
 
-use super::{LEAST, TO_WHOLE};
+use super::{LEAST, TO_WHOLE, wide};
 
 /// Elements in one step: those of one byte of a mask.
 const STEP: usize = 8;
@@ -113,12 +114,17 @@ fn nonzero(bytes: [u8; STEP]) -> u8 {
 /// Fills the mask, the first `mask` bytes, and moves the elements that are not zero right behind it.
 pub(super) fn pack<const SIZE: usize>(bytes: &mut [u8], mask: usize) {
     let (mask, elements) = bytes.split_at_mut(mask);
-    let mut done = (0, 0);
-    if SIZE == 1 {
-        done = pack_bytes(elements, mask);
-    }
+    let done = wide::pack::<SIZE>(elements, mask);
+    pack_from::<SIZE>(elements, mask, done);
+}
+
+/// The same from a byte of the mask on, where so many elements are kept before.
+fn pack_from<const SIZE: usize>(elements: &mut [u8], mask: &mut [u8], done: (usize, usize)) {
+    let (steps, mut to) = match SIZE {
+        1 => pack_bytes(elements, mask, done),
+        _ => done,
+    };
     let elements = elements.as_chunks_mut::<SIZE>().0;
-    let (steps, mut to) = done;
     for (step, mask) in mask.iter_mut().enumerate().skip(steps) {
         let from = STEP * step;
         for bit in 0..(elements.len() - from).min(STEP) {
@@ -132,9 +138,10 @@ pub(super) fn pack<const SIZE: usize>(bytes: &mut [u8], mask: usize) {
 }
 
 /// The same for all whole steps of bytes; gives how many steps there were, and how many bytes are kept.
-fn pack_bytes(bytes: &mut [u8], mask: &mut [u8]) -> (usize, usize) {
-    let (steps, mut to) = (bytes.len() / STEP, 0);
-    for (step, mask) in mask.iter_mut().enumerate().take(steps) {
+fn pack_bytes(bytes: &mut [u8], mask: &mut [u8], done: (usize, usize)) -> (usize, usize) {
+    let (first, mut to) = done;
+    let steps = bytes.len() / STEP;
+    for (step, mask) in mask.iter_mut().enumerate().take(steps).skip(first) {
         let next = bytes_at(bytes, STEP * step).to_le_bytes();
         *mask = nonzero(next);
         let places = &PLACES[usize::from(*mask)];
@@ -149,9 +156,20 @@ fn pack_bytes(bytes: &mut [u8], mask: &mut [u8]) -> (usize, usize) {
 
 /// Puts elements where the mask says, zeros elsewhere.
 pub(super) fn unpack<const SIZE: usize>(mask: &[u8], body: &[u8], elements: &mut [u8]) {
+    let done = wide::unpack::<SIZE>(mask, body, elements);
+    unpack_from::<SIZE>(mask, body, elements, done);
+}
+
+/// The same from an element on, a whole number of steps, where so many of the body's are used before.
+fn unpack_from<const SIZE: usize>(
+    mask: &[u8],
+    body: &[u8],
+    elements: &mut [u8],
+    (done, mut at): (usize, usize),
+) {
     let body = body.as_chunks::<SIZE>().0;
-    let mut at = 0;
-    for (elements, mask) in elements.as_chunks_mut::<SIZE>().0.chunks_mut(STEP).zip(mask) {
+    let elements = &mut elements.as_chunks_mut::<SIZE>().0[done..];
+    for (elements, mask) in elements.chunks_mut(STEP).zip(&mask[done / STEP..]) {
         // What follows the eight is zero, for the bits that are not set.
         let mut next = [[0; SIZE]; 2 * STEP];
         match body[at..].first_chunk::<STEP>() {
@@ -167,43 +185,54 @@ pub(super) fn unpack<const SIZE: usize>(mask: &[u8], body: &[u8], elements: &mut
 }
 
 /// The codes of a body as numbers: a byte each or half of one, of which `mask` tells who is there.
-pub(super) fn widen(
+pub(super) fn widen(form: (bool, bool), mask: Option<&[u8]>, body: &[u8], numbers: &mut [f32]) {
+    let done = match (form, mask) {
+        // A loop that compilers make vector instructions of.
+        ((false, _), None) => (0, 0),
+        _ => wide::widen(form, mask, body, numbers),
+    };
+    widen_from(form, mask, body, numbers, done);
+}
+
+/// The same from a number on, a whole number of steps, where so many codes are used before.
+fn widen_from(
     (is_half, signed): (bool, bool),
     mask: Option<&[u8]>,
     body: &[u8],
     numbers: &mut [f32],
+    (done, at): (usize, usize),
 ) {
     let upper = |code: u8| f32::from((code << 4) as i8 >> 4); // the sign fills the upper half
-    let each = numbers.iter_mut().zip(body);
+    let lower = |code: u8| f32::from(code as i8);
+    let numbers = &mut numbers[done..];
+    let mask = mask.map(|mask| &mask[done / STEP..]);
+    let each = numbers.iter_mut().zip(&body[at.min(body.len())..]);
     match (is_half, signed) {
         (false, false) if mask.is_none() => each.for_each(|(to, code)| *to = f32::from(*code)),
-        (false, true) if mask.is_none() => each.for_each(|(to, code)| *to = f32::from(*code as i8)),
-        (false, false) => widen_as(mask, body, numbers, bytes_at, f32::from),
-        (false, true) => widen_as(mask, body, numbers, bytes_at, |code| f32::from(code as i8)),
-        (true, false) => widen_as(mask, body, numbers, halves_at, f32::from),
-        (true, true) => widen_as(mask, body, numbers, halves_at, upper),
+        (false, true) if mask.is_none() => each.for_each(|(to, code)| *to = lower(*code)),
+        (false, false) => widen_as((mask, body), at, numbers, bytes_at, f32::from),
+        (false, true) => widen_as((mask, body), at, numbers, bytes_at, lower),
+        (true, false) => widen_as((mask, body), at, numbers, halves_at, f32::from),
+        (true, true) => widen_as((mask, body), at, numbers, halves_at, upper),
     }
 }
 
 /// The same for codes of which `codes_at` gives eight from a place on.
 fn widen_as(
-    mask: Option<&[u8]>,
-    body: &[u8],
+    (mask, body): (Option<&[u8]>, &[u8]),
+    mut at: usize,
     numbers: &mut [f32],
     codes_at: impl Fn(&[u8], usize) -> u64,
     number: impl Fn(u8) -> f32,
 ) {
     let Some(mask) = mask else {
-        let (steps, rest) = numbers.as_chunks_mut::<STEP>();
-        let behind = STEP * steps.len();
-        for (step, numbers) in steps.iter_mut().enumerate() {
-            *numbers = codes_at(body, STEP * step).to_le_bytes().map(&number);
+        for numbers in numbers.chunks_mut(STEP) {
+            let codes = codes_at(body, at).to_le_bytes();
+            numbers.iter_mut().zip(codes).for_each(|(to, code)| *to = number(code));
+            at += STEP;
         }
-        let codes = codes_at(body, behind).to_le_bytes();
-        rest.iter_mut().zip(codes).for_each(|(to, code)| *to = number(code));
         return;
     };
-    let mut at = 0;
     // What follows the eight is zero, for the bits that are not set.
     let mut next = [0.0; 2 * STEP];
     for (numbers, &mask) in numbers.chunks_mut(STEP).zip(mask) {
@@ -236,4 +265,66 @@ fn halves_at(body: &[u8], at: usize) -> u64 {
     x = (x | x << 16) & 0x0000_ffff_0000_ffff;
     x = (x | x << 8) & 0x00ff_00ff_00ff_00ff;
     (x | x << 4) & 0x0f0f_0f0f_0f0f_0f0f
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Bytes of which some are zero, alone and in runs.
+    fn sparse() -> impl Strategy<Value = Vec<u8>> {
+        let byte = prop_oneof![3 => Just(0), 2 => any::<u8>(), 1 => Just(0x80)];
+        prop::collection::vec(byte, 0..700)
+    }
+
+    /// What packing gives by the wide loops and without them: mask and elements that are kept.
+    fn packed<const SIZE: usize>(elements: &[u8]) -> [(Vec<u8>, Vec<u8>); 2] {
+        let count = elements.len() / SIZE;
+        let kept = SIZE * kept::<SIZE>(elements);
+        let mask = count.div_ceil(STEP);
+        let mut bytes = vec![0; mask];
+        bytes.extend(&elements[..SIZE * count]);
+        pack::<SIZE>(&mut bytes, mask);
+        let (mut plain, mut plain_mask) = (elements[..SIZE * count].to_vec(), vec![0; mask]);
+        pack_from::<SIZE>(&mut plain, &mut plain_mask, (0, 0));
+        let wide = (bytes[..mask].to_vec(), bytes[mask..][..kept].to_vec());
+        [wide, (plain_mask, plain[..kept].to_vec())]
+    }
+
+    proptest! {
+        #[test]
+        fn wide_loops_give_the_bytes_of_plain_ones(bytes in sparse()) {
+            let [wide, plain] = packed::<1>(&bytes);
+            prop_assert_eq!(wide, plain);
+            let [wide, plain] = packed::<2>(&bytes);
+            prop_assert_eq!(&wide, &plain);
+            let (mask, body) = wide;
+            let mut elements = [vec![1; bytes.len() / 2 * 2], vec![2; bytes.len() / 2 * 2]];
+            unpack::<2>(&mask, &body, &mut elements[0]);
+            unpack_from::<2>(&mask, &body, &mut elements[1], (0, 0));
+            prop_assert_eq!(&elements[0], &elements[1]);
+            prop_assert_eq!(&elements[0][..], &bytes[..bytes.len() / 2 * 2]);
+        }
+
+        #[test]
+        fn wide_loops_give_the_numbers_of_plain_ones(
+            bytes in sparse(),
+            form in (any::<bool>(), any::<bool>()),
+            masked in any::<bool>(),
+        ) {
+            let [(mask, body), _] = packed::<1>(&bytes);
+            let (mask, mut body) = (masked.then_some(&mask[..]), if masked { body } else { bytes.clone() });
+            if form.0 {
+                let length = halve(&mut body);
+                body.truncate(length);
+            }
+            let mut numbers = [vec![1.0; bytes.len()], vec![2.0; bytes.len()]];
+            widen(form, mask, &body, &mut numbers[0]);
+            widen_from(form, mask, &body, &mut numbers[1], (0, 0));
+            let bits = |numbers: &[f32]| numbers.iter().map(|n| n.to_bits()).collect::<Vec<_>>();
+            prop_assert_eq!(bits(&numbers[0]), bits(&numbers[1]));
+        }
+    }
 }
