@@ -249,7 +249,7 @@ async fn each_mistake_has_its_status_and_its_sentence() {
         post(model, "content-encoding: gzip\r\n", b"{}")
             .assert_error(415, "content encoding \"gzip\" is not supported");
         let large = vec![b' '; 200_000];
-        let limit = snn_runtime::http::oip::largest_body(&Doubler::info());
+        let limit = snn_runtime::http::oip::largest_body(&Doubler::info().inputs);
         let sentence = format!("the body has more than {limit} bytes");
         post(model, "", &large).assert_error(413, &sentence);
         // The same without saying beforehand how much comes.
@@ -537,7 +537,7 @@ async fn a_png_and_a_jpeg_are_classified_by_any_node() {
         let bytes = photograph(format);
         let normalisation = Normalisation::read(|_| None, 3).unwrap();
         let spec = InputSpec { shape: crate::shape(&net), normalisation };
-        let input = picture(bytes.clone(), &spec).unwrap();
+        let input = picture(&bytes, &spec).unwrap();
         let expected = reference::logits(&net, Some(&ring(&net, 2, Dtype::F16)), &input.data);
         let answer = blocking(move || request(address, "POST /classify", "", &bytes)).await;
         assert_eq!(answer.status, 200, "{}", answer.text());
