@@ -25,6 +25,7 @@ mod faults;
 mod garbage;
 mod http;
 mod https;
+mod limits;
 mod overlap;
 mod processes;
 mod render;
