@@ -44,7 +44,7 @@ fn malformed_requests_cost_a_node_no_memory() {
     let folder = folder(&net, Some(&policy), Nodes::Even(1));
     // Tests share the machine: what is slow there is not lost.
     let within = PATIENCE.as_secs().to_string();
-    let arguments = ["--http", "0", "--http-within", &within];
+    let arguments = ["--http", "0", "--http-within", within.as_str()];
     let mut node = NodeProcess::start(&folder.path().join("shard_0.onnx"), &arguments);
     let address: SocketAddr = node.line().strip_prefix("http://").unwrap().parse().unwrap();
     while node.line() != "ready" {}
@@ -151,11 +151,11 @@ impl Asker for Silent {
     }
 
     fn infer(&self, _: Vec<Tensor>, _: Duration) -> BoxFuture<'_, Result<Answer, Unanswered>> {
-        Box::pin(std::future::pending())
+        Box::pin(std::future::pending::<Result<Answer, Unanswered>>())
     }
 
     fn reports(&self) -> BoxFuture<'_, Vec<NodeReport>> {
-        Box::pin(std::future::pending())
+        Box::pin(std::future::pending::<Vec<NodeReport>>())
     }
 
     fn own(&self) -> Own {

@@ -4,9 +4,9 @@
 //! reaches. Inference requests pass a [`Gate`]: some run, some wait, those past that are turned
 //! away with 429. Every request ends within its time, or [`OVERDUE`] later; every body, head,
 //! connection and picture is bounded by [`Limits`] before it is trusted, and so is what all bodies take
-//! together. Who does not read what he has asked for loses his connection. What goes wrong is said as `{"error": "…"}`, in one
-//! sentence, with the status that fits; only what is no HTTP at all gets a bare 400. Dropping
-//! [`Http`], or what `serve` returns, ends every task.
+//! together. Who does not read what he has asked for loses his connection. What goes wrong is said as
+//! `{"error": "…"}`, in one sentence, with the status that fits; only what is no HTTP at all gets a
+//! bare 400. Dropping [`Http`], or what `serve` returns, ends every task.
 //!
 //! With [`Tls`] it is HTTPS. Either way nobody is asked who he is: whoever reaches the address is
 //! answered.

@@ -374,7 +374,7 @@ impl App {
 /// Reads a body of at most `limit` bytes into one piece.
 async fn whole(body: Body, limit: usize, announced: Option<usize>) -> Result<Bytes, BoxError> {
     let mut body = Limited::new(body, limit);
-    let mut bytes = Vec::with_capacity(announced.unwrap_or(0));
+    let mut bytes: Vec<u8> = Vec::with_capacity(announced.unwrap_or(0));
     while let Some(frame) = body.frame().await {
         // What is no data is of no interest.
         if let Ok(data) = frame?.into_data() {
