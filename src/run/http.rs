@@ -2,8 +2,8 @@
 //!
 //! Takes what the command line says of HTTP; claims the address before anything is loaded, answers
 //! from then on (requests wait for the node to be part of its cluster), and ends before the node does.
-//! Pictures become the model's
-//! input as those of `snn-run infer` do.
+//! Pictures become the model's input as those of `snn-run infer` do; what they take of memory is bounded
+//! more narrowly, for it is strangers who send them.
 
 use std::fmt;
 use std::fs::File;
@@ -221,7 +221,7 @@ impl Drop for Serving {
 fn picture(body: &Bytes, info: &ClusterInfo) -> Result<Vec<Tensor>, String> {
     let read = || -> Result<Vec<Tensor>> {
         let spec = input_spec(&info.inputs, &info.metadata).context("model")?;
-        let array = input::picture(body.to_vec(), &spec)?;
+        let array = input::picture(body, &spec)?;
         Ok(vec![Tensor::new(array.shape, array.data)?])
     };
     read().map_err(|error| crate::terminal::one_line(&error))

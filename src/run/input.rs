@@ -20,8 +20,15 @@ use snn_schemas::metadata::Normalisation;
 pub const MAX_FILE_BYTES: u64 = 1 << 30;
 /// Largest image side, in pixels: beyond any camera, far below what exhausts a small device.
 pub const MAX_IMAGE_SIDE: u32 = 16_384;
-/// Most memory an image decoder may take, in bytes: one decoded picture of 64 megapixels.
+/// Largest decoded image of a file, in bytes: 64 megapixels and more.
 const MAX_IMAGE_BYTES: u64 = 256 << 20;
+/// Largest decoded picture of somebody else, in bytes: 22 megapixels, twice a telephone's.
+pub const MAX_PICTURE_BYTES: u64 = 64 << 20;
+/// Most memory that a picture takes on its way to the model, in times of its largest decoded size: itself,
+/// and beside it at most a progressive JPEG's bytes and coefficients, 2 2/3 bytes each, or what it is scaled by.
+pub const TIMES_PICTURE: u64 = 4;
+/// Bytes of a pixel that is being scaled: four numbers.
+const SCALED_PIXEL_BYTES: u64 = 16;
 /// Longest header of a `.npy` file: the format's own first version ends there.
 const MAX_NPY_HEADER: usize = u16::MAX as usize;
 
@@ -55,18 +62,32 @@ pub fn read(path: &Path, spec: &InputSpec) -> Result<Vec<Array>> {
         return into_requests(parse_npy(&bytes)?, &spec.shape);
     }
     match image_format(&bytes) {
-        Some(_) => Ok(vec![picture(bytes, spec)?]),
+        Some(format) => Ok(vec![request((&bytes, format), spec, MAX_IMAGE_BYTES)?]),
         None => bail!("not a .npy, PNG or JPEG file"),
     }
 }
 
-/// Turns the bytes of a PNG or JPEG image into a request.
+/// Turns the bytes of a PNG or JPEG image, whoever sends them, into a request. Takes at most
+/// [`TIMES_PICTURE`] times [`MAX_PICTURE_BYTES`] of memory.
 ///
 /// # Errors
-/// What the bytes are, or why the model takes no images.
-pub fn picture(bytes: Vec<u8>, spec: &InputSpec) -> Result<Array> {
-    let format = image_format(&bytes).context("not a PNG or JPEG image")?;
-    from_image(&decode(bytes, format)?, spec)
+/// What the bytes are, or why the model takes no images, or none so large.
+pub fn picture(bytes: &[u8], spec: &InputSpec) -> Result<Array> {
+    let format = image_format(bytes).context("not a PNG or JPEG image")?;
+    request((bytes, format), spec, MAX_PICTURE_BYTES)
+}
+
+/// A request from an image that is decoded into at most `most` bytes.
+fn request(encoded: (&[u8], ImageFormat), spec: &InputSpec, most: u64) -> Result<Array> {
+    let image = decode(encoded, most)?;
+    let (width, height) = (image.width(), image.height());
+    let is_scaled = spec.shape.get(2..) != Some(&[height as usize, width as usize][..]);
+    // Scaling works on rows of the image's width, as many as the model's input has.
+    let rows = spec.shape.get(2).map_or(0, |&rows| rows as u64);
+    let scaled = u64::from(width).saturating_mul(rows).saturating_mul(SCALED_PIXEL_BYTES);
+    let fits = !is_scaled || scaled <= most * (TIMES_PICTURE - 1);
+    ensure!(fits, "image: {width} pixels wide, too many to be scaled");
+    from_image(&image, spec)
 }
 
 fn image_format(bytes: &[u8]) -> Option<ImageFormat> {
@@ -178,11 +199,11 @@ fn into_requests(array: Array, expected: &[usize]) -> Result<Vec<Array>> {
     Ok(requests.map(|part| Array { shape: expected.to_vec(), data: part.to_vec() }).collect())
 }
 
-fn decode(bytes: Vec<u8>, format: ImageFormat) -> Result<DynamicImage> {
+fn decode((bytes, format): (&[u8], ImageFormat), most: u64) -> Result<DynamicImage> {
     let mut limits = Limits::default();
     limits.max_image_width = Some(MAX_IMAGE_SIDE);
     limits.max_image_height = Some(MAX_IMAGE_SIDE);
-    limits.max_alloc = Some(MAX_IMAGE_BYTES);
+    limits.max_alloc = Some(most);
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     reader.limits(limits);
     reader.decode().context("image")
@@ -285,6 +306,31 @@ mod tests {
         assert_eq!(array.shape, [1, 3, 2, 2]);
         assert_eq!(array.data[..8], [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
         assert!(array.data[8..].iter().all(|x| x.abs() < 1e-6));
+    }
+
+    fn encoded(width: u32, height: u32, format: ImageFormat) -> Vec<u8> {
+        let mut bytes = Cursor::new(Vec::new());
+        DynamicImage::new_rgb8(width, height).write_to(&mut bytes, format).unwrap();
+        bytes.into_inner()
+    }
+
+    #[test]
+    fn a_picture_beyond_the_memory_for_one_is_refused() {
+        let small = spec(&[1, 3, 2, 2]);
+        let mut jpeg = encoded(8, 8, ImageFormat::Jpeg);
+        assert!(picture(&jpeg, &small).is_ok());
+        // Height and width follow the frame's marker, its length and its precision.
+        let frame = jpeg.windows(2).position(|marker| marker == [0xff, 0xc0]).unwrap();
+        let side = 6000u16;
+        assert!(3 * u64::from(side).pow(2) > MAX_PICTURE_BYTES);
+        jpeg[frame + 5..frame + 9].copy_from_slice(&[side.to_be_bytes(); 2].concat());
+        let refused = format!("{:#}", picture(&jpeg, &small).unwrap_err());
+        assert_eq!(refused, "image: Memory limit exceeded");
+
+        let wide = encoded(MAX_IMAGE_SIDE, 1, ImageFormat::Png);
+        assert!(picture(&wide, &small).is_ok());
+        let refused = picture(&wide, &spec(&[1, 3, 1024, 2])).unwrap_err().to_string();
+        assert_eq!(refused, "image: 16384 pixels wide, too many to be scaled");
     }
 
     #[test]

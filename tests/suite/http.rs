@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,11 +28,13 @@ use crate::fixtures::{Net, residual};
 use crate::{assert_close, folder, image, reference, ring};
 
 /// Malformed requests sent to one server.
-const MALFORMED: usize = 2_400;
+pub(crate) const MALFORMED: usize = 2_400;
+/// Those who send them at once.
+const SENDERS: usize = 8;
 
 /// Status, head and body of an answer.
-struct Answered {
-    status: u16,
+pub(crate) struct Answered {
+    pub(crate) status: u16,
     head: String,
     body: Vec<u8>,
 }
@@ -41,7 +44,7 @@ impl Answered {
         serde_json::from_slice(&self.body).unwrap()
     }
 
-    fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         String::from_utf8(self.body.clone()).unwrap()
     }
 
@@ -51,7 +54,7 @@ impl Answered {
     }
 
     #[track_caller]
-    fn assert_error(&self, status: u16, sentence: &str) {
+    pub(crate) fn assert_error(&self, status: u16, sentence: &str) {
         assert_eq!((self.status, self.json()), (status, json!({ "error": sentence })));
     }
 }
@@ -75,7 +78,7 @@ fn parse(answer: &[u8]) -> Answered {
     Answered { status, head, body: answer[end + 4..].to_vec() }
 }
 
-fn request(address: SocketAddr, line: &str, fields: &str, body: &[u8]) -> Answered {
+pub(crate) fn request(address: SocketAddr, line: &str, fields: &str, body: &[u8]) -> Answered {
     let length = body.len();
     let head = format!(
         "{line} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n{fields}content-length: {length}\r\n\r\n"
@@ -83,22 +86,22 @@ fn request(address: SocketAddr, line: &str, fields: &str, body: &[u8]) -> Answer
     parse(&send(address, &[head.as_bytes(), body].concat()))
 }
 
-fn get(address: SocketAddr, path: &str) -> Answered {
+pub(crate) fn get(address: SocketAddr, path: &str) -> Answered {
     request(address, &format!("GET {path}"), "", &[])
 }
 
-fn infer(address: SocketAddr, body: &Value) -> Answered {
+pub(crate) fn infer(address: SocketAddr, body: &Value) -> Answered {
     request(address, "POST /v2/models/model/infer", "", body.to_string().as_bytes())
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     tokio::task::spawn_blocking(work).await.unwrap()
 }
 
 /// A cluster without nodes, which answers after a while with its input doubled.
-struct Doubler {
-    takes: Duration,
-    missing: BTreeSet<usize>,
+pub(crate) struct Doubler {
+    pub(crate) takes: Duration,
+    pub(crate) missing: BTreeSet<usize>,
 }
 
 impl Doubler {
@@ -151,7 +154,7 @@ impl Asker for Doubler {
 }
 
 /// Serves until the test's runtime ends.
-async fn serve(asker: Doubler, limits: Limits) -> SocketAddr {
+pub(crate) async fn serve(asker: impl Asker, limits: Limits) -> SocketAddr {
     let http = Http::bind("0").await.unwrap();
     let address = http.address();
     assert!(address.ip().is_loopback());
@@ -168,7 +171,7 @@ async fn quick() -> SocketAddr {
     serve(Doubler { takes: Duration::ZERO, missing: [].into() }, Limits::default()).await
 }
 
-fn good() -> Value {
+pub(crate) fn good() -> Value {
     json!({ "inputs": [{ "name": "x", "shape": [1, 2], "datatype": "FP32", "data": [0.5, -2] }] })
 }
 
@@ -249,7 +252,7 @@ async fn each_mistake_has_its_status_and_its_sentence() {
         post(model, "content-encoding: gzip\r\n", b"{}")
             .assert_error(415, "content encoding \"gzip\" is not supported");
         let large = vec![b' '; 200_000];
-        let limit = snn_runtime::http::oip::largest_body(&Doubler::info());
+        let limit = snn_runtime::http::oip::largest_body(&Doubler::info().inputs);
         let sentence = format!("the body has more than {limit} bytes");
         post(model, "", &large).assert_error(413, &sentence);
         // The same without saying beforehand how much comes.
@@ -360,9 +363,8 @@ async fn a_cluster_that_is_not_complete_says_so() {
     .await;
 }
 
-/// A request that is wrong in a way that follows from `seed`.
-fn malformed(seed: usize) -> Vec<u8> {
-    let body = good().to_string();
+/// A request of a good body that is wrong in a way that follows from `seed`.
+fn malformed(body: &str, seed: usize) -> Vec<u8> {
     let head = format!(
         "POST /v2/models/model/infer HTTP/1.1\r\nhost: t\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
         body.len()
@@ -395,27 +397,32 @@ fn malformed(seed: usize) -> Vec<u8> {
     bytes
 }
 
+/// Sends malformed requests made of a good body, several at once; gives the statuses they get.
+pub(crate) fn send_malformed(
+    address: SocketAddr,
+    body: &str,
+    seeds: Range<usize>,
+) -> BTreeSet<u16> {
+    let of_sender = |sender: usize| {
+        let answers = seeds.clone().skip(sender).step_by(SENDERS);
+        let answers = answers.map(|seed| send(address, &malformed(body, seed)));
+        let statuses =
+            answers.filter(|answer| !answer.is_empty()).map(|answer| parse(&answer).status);
+        statuses.collect::<BTreeSet<u16>>()
+    };
+    std::thread::scope(|scope| {
+        let of_sender = &of_sender;
+        let senders: Vec<_> =
+            (0..SENDERS).map(|sender| scope.spawn(move || of_sender(sender))).collect();
+        senders.into_iter().flat_map(|sender| sender.join().unwrap()).collect()
+    })
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn malformed_requests_harm_nobody() {
     let address = quick().await;
-    let senders: Vec<_> = (0..8)
-        .map(|sender| {
-            tokio::task::spawn_blocking(move || {
-                let mut statuses = BTreeSet::new();
-                for seed in (sender..MALFORMED).step_by(8) {
-                    let answer = send(address, &malformed(seed));
-                    if !answer.is_empty() {
-                        statuses.insert(parse(&answer).status);
-                    }
-                }
-                statuses
-            })
-        })
-        .collect();
-    let mut statuses = BTreeSet::new();
-    for sender in senders {
-        statuses.extend(sender.await.unwrap());
-    }
+    let statuses =
+        blocking(move || send_malformed(address, &good().to_string(), 0..MALFORMED)).await;
     assert!(statuses.contains(&400), "{statuses:?}");
     // What is malformed is the client's fault, and some changes leave a request that makes sense.
     assert!(
@@ -537,7 +544,7 @@ async fn a_png_and_a_jpeg_are_classified_by_any_node() {
         let bytes = photograph(format);
         let normalisation = Normalisation::read(|_| None, 3).unwrap();
         let spec = InputSpec { shape: crate::shape(&net), normalisation };
-        let input = picture(bytes.clone(), &spec).unwrap();
+        let input = picture(&bytes, &spec).unwrap();
         let expected = reference::logits(&net, Some(&ring(&net, 2, Dtype::F16)), &input.data);
         let answer = blocking(move || request(address, "POST /classify", "", &bytes)).await;
         assert_eq!(answer.status, 200, "{}", answer.text());

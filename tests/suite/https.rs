@@ -107,7 +107,7 @@ fn ask(mut stream: Encrypted, line: &str, body: &str) -> Result<(u16, String), S
     Ok((head[9..12].parse().unwrap(), body.to_owned()))
 }
 
-fn question(net: &Net, seed: usize) -> String {
+pub(crate) fn question(net: &Net, seed: usize) -> String {
     let [channels, height, width] = net.image;
     json!({ "inputs": [{
         "name": "image", "datatype": "FP32", "shape": [1, channels, height, width],

@@ -26,6 +26,7 @@ mod garbage;
 mod guests;
 mod http;
 mod https;
+mod limits;
 mod overlap;
 mod processes;
 mod render;

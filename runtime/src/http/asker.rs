@@ -42,7 +42,7 @@ pub trait Asker: Send + Sync + 'static {
     /// Gives [`Unanswered`] while nobody who knows is there.
     fn model(&self, within: Duration) -> BoxFuture<'_, Result<Arc<ClusterInfo>, Unanswered>>;
 
-    /// Runs one request; ends within `within`, or soon after.
+    /// Runs one request; ends within `within`, or soon after: it is dropped [`OVERDUE`](super::OVERDUE) later.
     fn infer(
         &self,
         inputs: Vec<Tensor>,

@@ -2,17 +2,20 @@
 //!
 //! [`Http::bind`] claims an address, [`Http::serve`] answers there, for whatever cluster an [`Asker`]
 //! reaches. Inference requests pass a [`Gate`]: some run, some wait, those past that are turned
-//! away with 429. Every request ends within its time; every body, head, connection and picture is
-//! bounded by [`Limits`] before it is trusted. What goes wrong is said as `{"error": "…"}`, in one
-//! sentence, with the status that fits; only what is no HTTP at all gets a bare 400. Dropping
-//! [`Http`], or what `serve` returns, ends every task.
+//! away with 429. Every request ends within its time, or [`OVERDUE`] later; every body, head,
+//! connection and picture is bounded by [`Limits`] before it is trusted, and so is what all bodies take
+//! together. Who does not read what he has asked for loses his connection. What goes wrong is said as
+//! `{"error": "…"}`, in one sentence, with the status that fits; only what is no HTTP at all gets a
+//! bare 400. Dropping [`Http`], or what `serve` returns, ends every task.
 //!
 //! With [`Tls`] it is HTTPS. Either way nobody is asked who he is: whoever reaches the address is
 //! answered.
 
 mod asker;
+mod budget;
 mod classify;
 mod gate;
+mod impatient;
 pub mod oip;
 mod relay;
 mod routes;
@@ -44,6 +47,7 @@ pub use gate::Gate;
 pub use relay::Relay;
 pub use tls::{HANDSHAKE_WITHIN, Tls, TlsError};
 
+use self::impatient::Impatient;
 use crate::mailbox::MAX_REQUESTS;
 
 /// Requests a node runs at once: enough that one computes while others wait for tensors; more would
@@ -55,17 +59,28 @@ pub const QUEUED: usize = 64;
 pub const WITHIN: Duration = Duration::from_secs(2);
 /// Longest time a request may ask for.
 pub const MAX_WITHIN: Duration = Duration::from_secs(60);
+/// How long after its time a request has ended, whoever is asked: an answer that comes right after it, or
+/// the cluster's own word of why there is none, is worth waiting for; a place for others is worth more.
+pub const OVERDUE: Duration = Duration::from_secs(1);
 /// How long a body may take to arrive: it holds a place in the queue meanwhile.
 pub const BODY_WITHIN: Duration = Duration::from_secs(10);
 /// How long a head may take, and how long a connection may stand idle.
 pub const HEAD_WITHIN: Duration = Duration::from_secs(30);
+/// How long a client may take nothing of an answer: a telephone has changed its network by then; whoever
+/// never reads must not keep a connection from others.
+pub const WRITE_WITHIN: Duration = Duration::from_secs(20);
 /// Largest head, in bytes: a request line and some dozens of fields.
 pub const MAX_HEAD: usize = 16 << 10;
 /// Largest picture, in bytes: a photograph of a phone.
 pub const MAX_PICTURE: usize = 16 << 20;
+/// Bodies that are read or held at once, in bytes: four of the largest pictures, or what 64 clients send
+/// who ask of a network for photographs; a device of 512 MiB has as much to spare.
+pub const MAX_BODIES: usize = 64 << 20;
 /// Connections at once; others wait in the system's queue. Every client of the queue, and watchers.
 pub const CONNECTIONS: usize = 256;
 
+/// What is read of a connection ahead of being used, in bytes: every connection may have as much.
+const BUFFER: usize = 64 << 10;
 /// How long connections may take to end when the node does.
 const LEAVE_WITHIN: Duration = Duration::from_millis(500);
 /// Pause after the system has refused to accept: it is out of descriptors, say.
@@ -84,8 +99,12 @@ pub struct Limits {
     pub body_within: Duration,
     /// How long a head may take to arrive.
     pub head_within: Duration,
+    /// How long a client may take nothing of an answer.
+    pub write_within: Duration,
     /// Bytes of a picture.
     pub picture: usize,
+    /// Bytes of all bodies that are read or held.
+    pub bodies: usize,
     /// Connections at once.
     pub connections: usize,
 }
@@ -98,7 +117,9 @@ impl Default for Limits {
             within: WITHIN,
             body_within: BODY_WITHIN,
             head_within: HEAD_WITHIN,
+            write_within: WRITE_WITHIN,
             picture: MAX_PICTURE,
+            bodies: MAX_BODIES,
             connections: CONNECTIONS,
         }
     }
@@ -154,7 +175,7 @@ impl Http {
         stop: CancellationToken,
     ) {
         let places = Arc::new(Semaphore::new(limits.connections));
-        let head_within = limits.head_within;
+        let Limits { head_within, write_within, .. } = limits;
         let router = routes::router(asker, picture, limits);
         let mut connections = JoinSet::new();
         while let Some((stream, place)) = self.accept(&places, &stop).await {
@@ -162,8 +183,11 @@ impl Http {
             let (router, tls, stop) = (router.clone(), self.tls.clone(), stop.clone());
             connections.spawn(async move {
                 let done = match tls {
-                    None => converse(stream, router, head_within, &stop).await,
-                    Some(tls) => match cancelled(&stop, tls.accept(stream)).await {
+                    None => {
+                        let stream = Impatient::new(stream, write_within);
+                        converse(stream, router, head_within, &stop).await
+                    }
+                    Some(tls) => match cancelled(&stop, tls.accept(stream, write_within)).await {
                         Some(Ok(stream)) => converse(stream, router, head_within, &stop).await,
                         Some(Err(error)) => Err(error.into()),
                         None => Ok(()),
@@ -220,6 +244,7 @@ async fn converse(
         .timer(TokioTimer::new())
         .header_read_timeout(head_within)
         .max_header_size(MAX_HEAD)
+        .max_buf_size(BUFFER)
         .half_close(true);
     let service = TowerToHyperService::new(router);
     let connection = builder.serve_connection(TokioIo::new(stream), service);

@@ -60,9 +60,9 @@ pub fn model(info: &ClusterInfo) -> Value {
     })
 }
 
-/// Longest body of an inference request, in bytes.
-pub fn largest_body(info: &ClusterInfo) -> usize {
-    info.inputs.iter().map(elements).sum::<usize>() * CHARACTERS_A_NUMBER + BODY_SLACK
+/// Longest body of a request for a model of these inputs, in bytes.
+pub fn largest_body(inputs: &[Port]) -> usize {
+    inputs.iter().map(elements).sum::<usize>() * CHARACTERS_A_NUMBER + BODY_SLACK
 }
 
 fn elements(port: &Port) -> usize {

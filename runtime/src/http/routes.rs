@@ -1,4 +1,4 @@
-//! What is asked where, and the way of a request: a place, a body, a turn, the cluster.
+//! What is asked where, and the way of a request: a place, room, a body, a turn, the cluster.
 //!
 //! | path | |
 //! |---|---|
@@ -9,25 +9,28 @@
 //! | `GET /`, `/status`, `/metrics` | to watch |
 //!
 //! Statuses: 400 the request makes no sense, 404 nothing of that name, 405 another method, 408 the
-//! body took too long, 413 it is too large, 415 it is encoded, 429 every place is taken, 503 the cluster
-//! cannot answer, 504 it did not in time.
+//! body took too long, 413 it is too large, 415 it is encoded, 429 every place is taken, or the memory
+//! for bodies, 503 the cluster cannot answer, 504 it did not in time.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use axum::body::{Body, Bytes};
+use axum::body::{Body, Bytes, HttpBody as _};
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{BoxError, Json, Router};
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use serde_json::json;
 use tokio::sync::Semaphore;
 
-use super::{Asker, Gate, Limits, MAX_WITHIN, Picture, Problem, classify, oip, status};
+use super::budget::{Budget, Room};
+use super::{
+    Asker, Gate, Limits, MAX_WITHIN, OVERDUE, Picture, Problem, Unanswered, classify, oip, status,
+};
 use crate::client::ClusterInfo;
 use crate::watch::metrics::{self, HttpReport};
 use crate::{Answer, Tensor, watch};
@@ -46,8 +49,9 @@ pub(super) struct App {
     pub(super) asker: Arc<dyn Asker>,
     pub(super) gate: Gate,
     limits: Limits,
+    bodies: Budget,
     picture: Picture,
-    decoders: Semaphore,
+    decoders: Arc<Semaphore>,
     counts: Mutex<Counts>,
     status: status::Cache,
 }
@@ -62,9 +66,10 @@ pub(super) fn router(asker: Arc<dyn Asker>, picture: Picture, limits: Limits) ->
     let app = Arc::new(App {
         asker,
         gate: Gate::new(limits.running, limits.queued),
+        bodies: Budget::new(limits.bodies),
         limits,
         picture,
-        decoders: Semaphore::new(DECODERS),
+        decoders: Arc::new(Semaphore::new(DECODERS)),
         counts: Mutex::default(),
         status: status::Cache::default(),
     });
@@ -181,14 +186,15 @@ async fn infer(State(app): Shared, Path(named): Named, head: HeaderMap, body: Bo
         Err(problem) => return Err(spare(body, problem).await),
     };
     let header = header_length(&head)?;
-    let body = app.body(&head, body, oip::largest_body(&info)).await?;
+    let (body, mut room) = app.body(&head, body, oip::largest_body(&info.inputs)).await?;
     let request = oip::read(&body, header, &info).map_err(Problem::bad)?;
     drop(body);
+    room.keep(request.inputs.iter().map(|input| size_of_val(input.data())).sum());
     let within = request.within.unwrap_or_else(|| app.within()).min(MAX_WITHIN);
     let deadline = Instant::now() + within;
     let turn = place.turn(deadline).await.ok_or_else(|| app.crowded(within))?;
     let answer = app.ask(request.inputs, within, deadline).await?;
-    drop(turn);
+    drop((turn, room));
     let (body, length) = oip::write(&answer, &request.wanted, &info)
         .map_err(|reason| Problem::new(StatusCode::SERVICE_UNAVAILABLE, reason))?;
     let kind = match length {
@@ -214,11 +220,11 @@ async fn classify_picture(State(app): Shared, head: HeaderMap, body: Body) -> An
         Ok(info) => info,
         Err(problem) => return Err(spare(body, problem).await),
     };
-    let body = app.body(&head, body, app.limits.picture).await?;
+    let held = app.body(&head, body, app.limits.picture).await?;
     let within = app.within();
     let deadline = Instant::now() + within;
     let turn = place.turn(deadline).await.ok_or_else(|| app.crowded(within))?;
-    let inputs = app.decode(body, &info, deadline).await?;
+    let inputs = app.decode(held, &info, within, deadline).await?;
     let answer = app.ask(inputs, within, deadline).await?;
     drop(turn);
     Ok(Json(classify::top(&answer, &info)).into_response())
@@ -231,7 +237,10 @@ impl App {
     }
 
     async fn model(&self) -> Result<Arc<ClusterInfo>, Problem> {
-        let found = self.asker.model(MODEL_WITHIN).await;
+        let found = tokio::time::timeout(MODEL_WITHIN + OVERDUE, self.asker.model(MODEL_WITHIN));
+        let found = found.await.unwrap_or_else(|_| {
+            Err(Unanswered("nobody has described the model in time".to_owned()))
+        });
         found.map_err(|error| Problem::new(StatusCode::SERVICE_UNAVAILABLE, error.0))
     }
 
@@ -252,8 +261,13 @@ impl App {
         }
     }
 
-    /// A whole body, within size and time.
-    async fn body(&self, head: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, Problem> {
+    /// A whole body, within size and time, and the room it takes.
+    async fn body(
+        &self,
+        head: &HeaderMap,
+        body: Body,
+        limit: usize,
+    ) -> Result<(Bytes, Room), Problem> {
         if let Some(encoding) = head.get(header::CONTENT_ENCODING).filter(|e| *e != "identity") {
             let reason = format!("content encoding {encoding:?} is not supported");
             let problem = Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, reason);
@@ -263,14 +277,19 @@ impl App {
             let reason = format!("the body has more than {limit} bytes");
             Problem::new(StatusCode::PAYLOAD_TOO_LARGE, reason)
         };
-        let announced =
-            head.get(header::CONTENT_LENGTH).and_then(|n| n.to_str().ok()?.parse().ok());
-        if announced.is_some_and(|bytes: usize| bytes > limit) {
+        let announced = body.size_hint().exact();
+        if announced.is_some_and(|bytes| bytes > limit as u64) {
             return Err(spare(body, too_large()).await);
         }
+        let announced = announced.map(|bytes| bytes as usize);
+        let Some(room) = self.room(announced.unwrap_or(limit)).await else {
+            let within = self.within().as_secs_f64();
+            let reason = format!("there was no memory for the body within {within} s");
+            return Err(spare(body, Problem::new(StatusCode::TOO_MANY_REQUESTS, reason)).await);
+        };
         let within = self.limits.body_within;
-        match tokio::time::timeout(within, Limited::new(body, limit).collect()).await {
-            Ok(Ok(body)) => Ok(body.to_bytes()),
+        match tokio::time::timeout(within, whole(body, limit, announced)).await {
+            Ok(Ok(body)) => Ok((body, room)),
             Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
             Ok(Err(error)) => {
                 let cause = error.source().map_or_else(|| error.to_string(), ToString::to_string);
@@ -283,24 +302,42 @@ impl App {
         }
     }
 
+    /// Room for a body, within the time of a request.
+    async fn room(&self, bytes: usize) -> Option<Room> {
+        self.bodies.take(bytes, Instant::now() + self.within()).await
+    }
+
+    /// The model's inputs from a picture, whose room is given back once it is decoded, or was thrown out.
     async fn decode(
         &self,
-        body: Bytes,
+        (body, room): (Bytes, Room),
         info: &Arc<ClusterInfo>,
+        within: Duration,
         deadline: Instant,
     ) -> Result<Vec<Tensor>, Problem> {
         let (picture, info) = (Arc::clone(&self.picture), Arc::clone(info));
-        let turn = tokio::time::timeout_at(deadline.into(), self.decoders.acquire()).await;
-        let turn = turn.map_err(|_| self.crowded(self.within()))?;
-        let decoded = tokio::task::spawn_blocking(move || picture(&body, &info)).await;
-        drop(turn);
-        match decoded {
-            Ok(inputs) => inputs.map_err(Problem::bad),
+        let turn = Arc::clone(&self.decoders).acquire_owned();
+        let turn = tokio::time::timeout_at(deadline.into(), turn).await;
+        let turn = turn.map_err(|_| self.crowded(within))?;
+        let decoding = tokio::task::spawn_blocking(move || {
+            let inputs = picture(&body, &info);
+            // Not before: a decoder that nobody waits for any more still takes its memory.
+            drop((body, room, turn));
+            inputs
+        });
+        match tokio::time::timeout_at(deadline.into(), decoding).await {
+            Ok(Ok(inputs)) => inputs.map_err(Problem::bad),
             // A panic within the decoder: the picture is at fault, and nothing else is harmed.
-            Err(_) => Err(Problem::bad("the picture cannot be decoded")),
+            Ok(Err(_)) => Err(Problem::bad("the picture cannot be decoded")),
+            Err(_) => {
+                let reason =
+                    format!("the picture was not decoded within {} s", within.as_secs_f64());
+                Err(Problem::new(StatusCode::GATEWAY_TIMEOUT, reason))
+            }
         }
     }
 
+    /// The cluster's answer; ends [`OVERDUE`] after the deadline, whatever the asker does.
     async fn ask(
         &self,
         inputs: Vec<Tensor>,
@@ -308,7 +345,10 @@ impl App {
         deadline: Instant,
     ) -> Result<Answer, Problem> {
         let left = deadline.saturating_duration_since(Instant::now());
-        self.asker.infer(inputs, left).await.map_err(|unanswered| {
+        let asked = tokio::time::timeout(left + OVERDUE, self.asker.infer(inputs, left));
+        let answer =
+            asked.await.unwrap_or_else(|_| Err(Unanswered("no answer in time".to_owned())));
+        answer.map_err(|unanswered| {
             let late = Instant::now() >= deadline && self.asker.own().missing.is_empty();
             match late {
                 true => {
@@ -329,6 +369,19 @@ impl App {
         let reason = format!("it was not the request's turn within {} s", within.as_secs_f64());
         Problem::new(StatusCode::GATEWAY_TIMEOUT, reason)
     }
+}
+
+/// Reads a body of at most `limit` bytes into one piece.
+async fn whole(body: Body, limit: usize, announced: Option<usize>) -> Result<Bytes, BoxError> {
+    let mut body = Limited::new(body, limit);
+    let mut bytes: Vec<u8> = Vec::with_capacity(announced.unwrap_or(0));
+    while let Some(frame) = body.frame().await {
+        // What is no data is of no interest.
+        if let Ok(data) = frame?.into_data() {
+            bytes.extend_from_slice(&data);
+        }
+    }
+    Ok(bytes.into())
 }
 
 /// Reads on for a moment without keeping anything: a connection that is closed on a client that

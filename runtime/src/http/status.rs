@@ -19,6 +19,9 @@ const FRESH: Duration = Duration::from_millis(500);
 /// How long the model's description may take: the page shows the nodes without it.
 const MODEL_WITHIN: Duration = Duration::from_millis(300);
 
+/// How long all of it may take, whoever is asked: others wait for the same status.
+const TOLD_WITHIN: Duration = Duration::from_secs(2);
+
 /// The last status, and when it was made.
 #[derive(Debug, Default)]
 pub(super) struct Cache(Mutex<Option<(Instant, Bytes)>>);
@@ -40,8 +43,12 @@ impl Cache {
 }
 
 async fn status(app: &App) -> serde_json::Value {
-    let (model, reports) = tokio::join!(app.asker.model(MODEL_WITHIN), app.asker.reports());
-    let model = model.ok().map(|info| {
+    let told = async { tokio::join!(app.asker.model(MODEL_WITHIN), app.asker.reports()) };
+    let (model, reports) = match tokio::time::timeout(TOLD_WITHIN, told).await {
+        Ok((model, reports)) => (model.ok(), reports),
+        Err(_) => (None, Vec::new()),
+    };
+    let model = model.map(|info| {
         json!({ "name": super::oip::model_name(&info), "split": info.split, "nodes": info.nodes })
     });
     let own = app.asker.own();

@@ -30,6 +30,7 @@ use tokio_rustls::rustls::sign::{CertifiedKey, SigningKey};
 use tokio_rustls::rustls::{self, ServerConfig};
 use tokio_rustls::server::TlsStream;
 
+use super::impatient::Impatient;
 use crate::key::{ClusterKey, KeyError};
 
 /// How long a handshake may take: a second's work of a slow device behind a slow link, and some losses.
@@ -146,16 +147,26 @@ impl Tls {
         Ok(Tls { config, proof })
     }
 
-    /// Shakes hands with whoever has connected.
+    /// Shakes hands with whoever has connected, and whose connection ends where he takes nothing of what
+    /// is written for `write_within`.
     ///
     /// # Errors
     /// It took too long, or was no handshake.
-    pub(super) async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
-        let shaken = tokio::time::timeout(HANDSHAKE_WITHIN, self.shake(stream)).await;
+    pub(super) async fn accept(
+        &self,
+        stream: TcpStream,
+        write_within: Duration,
+    ) -> io::Result<TlsStream<Impatient<TcpStream>>> {
+        let shaken = self.shake(stream, write_within);
+        let shaken = tokio::time::timeout(HANDSHAKE_WITHIN, shaken).await;
         shaken.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
     }
 
-    async fn shake(&self, mut stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+    async fn shake(
+        &self,
+        mut stream: TcpStream,
+        write_within: Duration,
+    ) -> io::Result<TlsStream<Impatient<TcpStream>>> {
         let mut first = [0];
         stream.peek(&mut first).await?;
         if first != [HANDSHAKE_RECORD] {
@@ -166,6 +177,7 @@ impl Tls {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "not TLS"));
         }
         let address = stream.local_addr()?.ip().to_canonical();
+        let stream = Impatient::new(stream, write_within);
         let hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
         let shown = self.shown(hello.client_hello().server_name(), address)?;
         let mut config = self.config.clone();

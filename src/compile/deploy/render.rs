@@ -14,10 +14,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use snn_runtime::agent::Settings;
+use snn_runtime::http::{MAX_BODIES, oip};
 
 use super::super::args::Render;
 use super::super::print;
 use super::bundle::Bundle;
+use crate::run::input::{MAX_PICTURE_BYTES, TIMES_PICTURE};
 
 /// Where nodes listen when the manifest has no address.
 const PORT: u16 = 7447;
@@ -69,8 +71,15 @@ pub(super) fn render(
 /// Most memory a node may take, in MiB.
 fn memory_mib(bundle: &Bundle) -> u64 {
     let shards: u64 = bundle.shards.iter().map(|shard| shard.bytes).sum();
-    let needed = BASE_MIB + (shards * TIMES_SHARDS).div_ceil(1 << 20);
-    needed.next_multiple_of(STEP_MIB)
+    let needed = shards * TIMES_SHARDS + http_bytes(bundle);
+    (BASE_MIB + needed.div_ceil(1 << 20)).next_multiple_of(STEP_MIB)
+}
+
+/// Most memory that requests over HTTP may take, in bytes: bodies, of which one is taken however large the
+/// model's inputs make it, and the one picture that is decoded at a time.
+fn http_bytes(bundle: &Bundle) -> u64 {
+    let bodies = oip::largest_body(&bundle.manifest.inputs).max(MAX_BODIES);
+    bodies as u64 + MAX_PICTURE_BYTES * TIMES_PICTURE
 }
 
 /// Where a rank listens: the manifest's address without its scheme, and whether it has one.
