@@ -71,7 +71,7 @@ pub(crate) fn door_key(split: &str, process: &str) -> String {
     format!("snn/{}/door/{process}", split_prefix(split))
 }
 
-/// Key under which the shard of a rank is handed out.
+/// Key under which the shard of a rank is handed out; of `*` those of all ranks.
 pub(crate) fn shard_key(split: &str, rank: &str) -> String {
     format!("snn/{}/shard/{rank}", split_prefix(split))
 }

@@ -177,10 +177,7 @@ mod tests {
         let (shelf, one) = (shelf(), file("ab", 1, ""));
         assert_refused(shelf.offer(2, one.clone()), "a shard of rank 1");
         assert_refused(shelf.offer(1, file("ba", 1, "")), "a shard of another split");
-        assert!(matches!(
-            shelf.offer(1, Bytes::from_static(b"garbage")),
-            Err(Refused::NoShard(_))
-        ));
+        assert!(matches!(shelf.offer(1, Bytes::from_static(b"garbage")), Err(Refused::NoShard(_))));
         assert_eq!(shelf.missing(), [1, 2]);
         shelf.offer(1, one.clone()).unwrap();
         // The first that is right stays.
