@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
+use snn_schemas::wire::MAX_FRAME;
 
 use super::wire::{Settings, Version};
 use crate::client::{AskError, Client, ClusterInfo, infer_key, info_key, own_key};
@@ -231,7 +232,12 @@ impl Asker for Front {
 pub async fn answer(link: Link, front: Arc<Front>) -> Result<(), LinkError> {
     let about = queryable(&link, &own_key(&info_key(FRONT), &link.id())).await?;
     let asked = queryable(&link, &own_key(&infer_key(FRONT), &link.id())).await?;
-    let asks = Arc::clone(&front);
+    let (asks, describes) = (Arc::clone(&front), Arc::clone(&front));
+    // Without a version every question is refused for that.
+    let limit = move || {
+        let info = describes.current().map(|backend| Arc::clone(&backend.info));
+        std::future::ready(info.map_or(MAX_FRAME, |info| info.question_bytes()))
+    };
     tokio::join!(
         async {
             while let Ok(query) = about.recv_async().await {
@@ -241,7 +247,7 @@ pub async fn answer(link: Link, front: Arc<Front>) -> Result<(), LinkError> {
                 }
             }
         },
-        answer_questions(asked, move |inputs, within| {
+        answer_questions(asked, limit, move |inputs, within| {
             let front = Arc::clone(&asks);
             async move { front.ask(inputs, within).await }
         }),
