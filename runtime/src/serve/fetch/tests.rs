@@ -87,7 +87,7 @@ async fn a_file_comes_whole_from_one_holder() {
 async fn whoever_gives_garbage_is_left_for_the_next_and_not_asked_again() {
     let (link, file) = (link().await, file(0));
     // As long as the file that it names.
-    let garbage = giving(file.clone(), vec![7; file.len()].into());
+    let garbage = giving(file.clone(), vec![7_u8; file.len()].into());
     let a = holder(&link, "a", garbage).await;
     // What no answer looks like.
     let noise: Answers = {
