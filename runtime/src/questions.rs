@@ -2,8 +2,9 @@
 //!
 //! [`queryable`] takes a key and gives the [`Questions`] asked under it; [`answer_questions`] takes those
 //! for inferences and whatever infers, and answers each. A question that is larger than the model's inputs
-//! need (it is not even copied), cannot be read, or comes while [`MAX_ASKED`] others are being answered is refused with a reason; others are
-//! unharmed. Whoever waits longer for an answer is told every [`WORKING_EVERY`] that it is being worked on.
+//! need (it is not even copied), cannot be read, or comes while [`MAX_ASKED`] others are being answered is
+//! refused with a reason; others are unharmed. Whoever waits longer for an answer is told every
+//! [`WORKING_EVERY`] that it is being worked on.
 //! It ends with the link, or when it is dropped, and its answers with it.
 
 use std::fmt::Display;
