@@ -41,6 +41,8 @@ const TRAVEL: Duration = Duration::from_millis(500);
 /// Largest question or answer that the process a client is connected to passes on packet by packet, in bytes.
 /// One that is larger than the queue of a link would stop it: with a key it writes nothing while it reads.
 const PASSED_ON: usize = 256 << 10;
+/// How long whoever computes the entry rank may take to say what the model takes.
+const DESCRIBE_WITHIN: Duration = Duration::from_millis(300);
 /// Largest description or report accepted, in bytes: names of a thousand classes fit.
 const MAX_JSON: usize = 1 << 20;
 
@@ -71,7 +73,7 @@ pub(crate) fn door_key(split: &str, process: &str) -> String {
     format!("snn/{}/door/{process}", split_prefix(split))
 }
 
-/// Key under which the shard of a rank is handed out.
+/// Key under which the shard of a rank is handed out; of `*` those of all ranks.
 pub(crate) fn shard_key(split: &str, rank: &str) -> String {
     format!("snn/{}/shard/{rank}", split_prefix(split))
 }
@@ -101,17 +103,29 @@ pub struct ClusterInfo {
     pub metadata: Vec<(String, String)>,
 }
 
+impl ClusterInfo {
+    /// Most bytes of a question that the model can answer.
+    pub(crate) fn question_bytes(&self) -> usize {
+        let elements = |port: &Port| {
+            let product = port.shape.iter().try_fold(1usize, |n, &extent| n.checked_mul(extent));
+            product.unwrap_or(usize::MAX)
+        };
+        wire::Infer::most_bytes(self.inputs.iter().map(elements))
+    }
+}
+
 /// A cluster that is asked for inferences over a session.
 #[derive(Clone, Debug)]
 pub(crate) struct Asked {
     session: Session,
     split: String,
     everybody: Arc<OnceCell<KeyExpr<'static>>>,
+    question_bytes: Arc<OnceCell<usize>>,
 }
 
 impl Asked {
     pub(crate) fn new(session: Session, split: String) -> Asked {
-        Asked { session, split, everybody: Arc::default() }
+        Asked { session, split, everybody: Arc::default(), question_bytes: Arc::default() }
     }
 
     /// The session.
@@ -122,6 +136,18 @@ impl Asked {
     /// The cluster's split.
     pub(crate) fn split(&self) -> &str {
         &self.split
+    }
+
+    /// Most bytes of a question that the model can answer; what a frame may have, until somebody says what
+    /// the model takes.
+    pub(crate) async fn question_bytes(&self) -> usize {
+        let bytes = self.question_bytes.get_or_try_init(|| async {
+            let key = all_keys(&info_key(&self.split));
+            let answers = ask(&self.session, &key, Bytes::new(), DESCRIBE_WITHIN).await?;
+            let info: ClusterInfo = parse(answers.first().ok_or(AskError::NoEntry)?)?;
+            Ok::<_, AskError>(info.question_bytes())
+        });
+        bytes.await.copied().unwrap_or(wire::MAX_FRAME)
     }
 
     /// The key under which whoever computes the entry rank is asked. It is declared: of a key with `*` that
@@ -496,11 +522,15 @@ mod tests {
         wire::Answer { outputs, degraded: false }
     }
 
+    async fn any_size() -> usize {
+        wire::MAX_FRAME
+    }
+
     /// Answers every question in its own time; counts them.
     fn answering(questions: Questions, number: f32, after: Duration) -> Arc<AtomicUsize> {
         let count = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&count);
-        tokio::spawn(answer_questions(questions, move |_, _| {
+        tokio::spawn(answer_questions(questions, any_size, move |_, _| {
             counted.fetch_add(1, Ordering::Relaxed);
             async move {
                 tokio::time::sleep(after).await;
@@ -568,7 +598,9 @@ mod tests {
         let link = link(&[]).await;
         losing(asked(&link, "a").await, usize::MAX);
         let refusing = asked(&link, "b").await;
-        tokio::spawn(answer_questions(refusing, |_, _| async { Err::<wire::Answer, _>("no") }));
+        tokio::spawn(answer_questions(refusing, any_size, |_, _| async {
+            Err::<wire::Answer, _>("no")
+        }));
         let (answer, took) = infer_through(&link).await;
         assert_eq!(answer, Err("no".to_owned()));
         assert!(took < SOON, "{took:?}");
@@ -583,7 +615,7 @@ mod tests {
         let asker = link(&[&home, &guest]).await;
         answering(asked(&home, "home").await, 1.0, Duration::ZERO);
         let guests = asked(&guest, "guest").await;
-        let stop = tokio::spawn(answer_questions(guests, |_, _| async {
+        let stop = tokio::spawn(answer_questions(guests, any_size, |_, _| async {
             Ok::<_, String>(answer_of(1.0))
         }));
         // As inferences are asked for: zenoh keeps a route for a declared key.

@@ -5,14 +5,17 @@
 //! as they have been found, and whether the cluster has ever been complete. A process that joins again as
 //! a new one hands it on: what all of its peers have forgotten by then, because they do the same, nobody
 //! else could tell it. With a folder ([`Knowledge::keep_in`]) the next process knows it too: the shards at
-//! once, that the cluster has been complete once the others have been waited for.
+//! once, that the cluster has been complete once the others have been waited for. Where a manifest says which
+//! files the shards are ([`Knowledge::expect`]), no others count.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
+use crate::digest::{Digest, OtherFile};
 use crate::kept::{self, Kept};
 use crate::shard::{Shard, ShardError};
 use crate::shelf::Shelf;
@@ -39,6 +42,15 @@ impl Knowledge {
         Ok(Knowledge { shard, shelf, complete, since, kept: None })
     }
 
+    /// Counts from now on only these files as the shards of their ranks: what is found later, on disk or with
+    /// peers, must be one of them.
+    ///
+    /// # Errors
+    /// The process's own shard is another file.
+    pub fn expect(&mut self, shards: BTreeMap<usize, Digest>) -> Result<(), OtherFile> {
+        self.shelf.expect(shards)
+    }
+
     /// Keeps from now on in a folder what peers hand over and whether the cluster has been complete, and
     /// takes what was kept there before. Absent nodes are then waited for for `grace` from now on.
     pub fn keep_in(&mut self, dir: &Path, grace: Duration) {
@@ -48,7 +60,7 @@ impl Knowledge {
             let (kept, shards) = Kept::open(dir, info, grace);
             for (file, bytes) in shards {
                 if let Err(reason) = self.shelf.take(bytes) {
-                    kept::ignored(&file, &reason);
+                    kept::ignored(&file, &reason.to_string());
                 }
             }
             self.since = Instant::now();

@@ -10,6 +10,7 @@
 //! Nothing is printed and nothing exits. Every wait has a deadline, every task an owner, and every
 //! buffer that a peer fills a named limit.
 
+pub mod digest;
 pub mod shard;
 
 pub mod engine;

@@ -1,9 +1,10 @@
 //! Questions that arrive at a link: who may ask under which key, and how inferences are answered.
 //!
 //! [`queryable`] takes a key and gives the [`Questions`] asked under it; [`answer_questions`] takes those
-//! for inferences and whatever infers, and answers each. A question that is too large, cannot be
-//! read, or comes while [`MAX_ASKED`] others are being answered is refused with a reason; others are
-//! unharmed. Whoever waits longer for an answer is told every [`WORKING_EVERY`] that it is being worked on.
+//! for inferences and whatever infers, and answers each. A question that is larger than the model's inputs
+//! need (it is not even copied), cannot be read, or comes while [`MAX_ASKED`] others are being answered is
+//! refused with a reason; others are unharmed. Whoever waits longer for an answer is told every
+//! [`WORKING_EVERY`] that it is being worked on.
 //! It ends with the link, or when it is dropped, and its answers with it.
 
 use std::fmt::Display;
@@ -12,6 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use snn_schemas::wire::{self, Infer, Reply};
 use tokio::task::JoinSet;
+use zenoh::bytes::ZBytes;
 use zenoh::handlers::FifoChannelHandler;
 use zenoh::query::{Query, Queryable};
 
@@ -38,24 +40,31 @@ pub(crate) async fn reply(query: &Query, key: String, payload: Bytes) {
     }
 }
 
-/// Answers with what `infer` makes of a question's inputs within its time, several at once.
-pub(crate) async fn answer_questions<F, E>(
+/// Answers with what `infer` makes of a question's inputs within its time, several at once. A question may
+/// have as many bytes as `limit` says.
+pub(crate) async fn answer_questions<F, E, L>(
     questions: Questions,
+    limit: impl Fn() -> L + Clone + Send + 'static,
     infer: impl Fn(Vec<wire::Tensor>, Duration) -> F + Clone + Send + 'static,
 ) where
     F: Future<Output = Result<wire::Answer, E>> + Send,
     E: Display,
+    L: Future<Output = usize> + Send,
 {
     let mut answering = JoinSet::new();
     let key = questions.key_expr().to_string();
     while let Ok(query) = questions.recv_async().await {
         while answering.try_join_next().is_some() {}
         let is_full = answering.len() >= MAX_ASKED;
-        let (key, infer) = (key.clone(), infer.clone());
+        let (key, limit, infer) = (key.clone(), limit.clone(), infer.clone());
         answering.spawn(async move {
+            let limit = limit();
             let question = match is_full {
                 true => Err(format!("{MAX_ASKED} questions are being answered already")),
-                false => read(&query).map_err(|error| error.to_string()),
+                false => {
+                    let limit = limit.await;
+                    read(query.payload(), limit)
+                }
             };
             let answer = match question {
                 Ok(Infer { within, inputs }) => {
@@ -82,8 +91,37 @@ async fn telling<T>(query: &Query, key: &str, answer: impl Future<Output = T>) -
     }
 }
 
-fn read(query: &Query) -> Result<Infer, wire::WireError> {
-    let payload = query.payload().ok_or(wire::WireError::NoFrame)?;
-    let too_large = wire::WireError::TooLarge { bytes: payload.len() };
-    Infer::decode(into_bytes(payload).ok_or(too_large)?)
+/// Reads a question of `limit` bytes at most.
+fn read(payload: Option<&ZBytes>, limit: usize) -> Result<Infer, String> {
+    let payload = payload.ok_or_else(|| wire::WireError::NoFrame.to_string())?;
+    let bytes = Some(payload).filter(|payload| payload.len() <= limit).and_then(into_bytes);
+    let bytes = bytes.ok_or_else(|| {
+        let found = payload.len();
+        format!("a question of {found} bytes, but the model's inputs take {limit} at most")
+    })?;
+    Infer::decode(bytes).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use snn_schemas::wire::Tensor;
+
+    use super::*;
+
+    #[test]
+    fn a_question_that_is_larger_than_the_inputs_need_is_refused_unread() {
+        let inputs = vec![Tensor::new(vec![1, 2], vec![1.0, 2.0]).unwrap()];
+        let question = Infer { within: Duration::from_secs(1), inputs };
+        let payload = ZBytes::from(question.encode());
+        let limit = Infer::most_bytes([2]);
+        assert_eq!(read(Some(&payload), limit), Ok(question));
+        // It is no question either: its size alone counts.
+        let large = ZBytes::from(vec![0_u8; limit + 1]);
+        let expected = format!(
+            "a question of {} bytes, but the model's inputs take {limit} at most",
+            limit + 1
+        );
+        assert_eq!(read(Some(&large), limit), Err(expected));
+        assert_eq!(read(None, limit), Err("not a frame".to_owned()));
+    }
 }

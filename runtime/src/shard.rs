@@ -7,11 +7,9 @@
 //! read, every transfer has a peer of the cluster and a size.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::fmt::Write as _;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use sha2::{Digest as _, Sha256};
 use snn_schemas::codec::Pixels;
 use snn_schemas::metadata::{
     MetadataError, Normalisation, RECV_OP, SEND_OP, SNN_DOMAIN, ShardInfo,
@@ -20,6 +18,8 @@ use snn_schemas::onnx::tensor_proto::DataType;
 use snn_schemas::onnx::{self, GraphProto, ModelProto, NodeProto, OnnxError, ValueInfoProto};
 use snn_schemas::wire::MAX_FRAME;
 use snn_schemas::{Codec, Dtype, Packing};
+
+use crate::digest::Digest;
 
 /// Metadata key that only shards have.
 const SHARD_KEY: &str = "snn.split";
@@ -126,6 +126,7 @@ impl Program {
 #[derive(Clone, Debug)]
 pub struct Shard {
     info: ShardInfo,
+    digest: Digest,
     is_split: bool,
     metadata: Vec<(String, String)>,
     program: Program,
@@ -137,16 +138,12 @@ impl Shard {
     /// # Errors
     /// The bytes are no ONNX model, or a shard whose sends and receives make no sense.
     pub fn from_bytes(bytes: Bytes) -> Result<Shard, ShardError> {
-        let sha256 = Sha256::digest(&bytes);
+        let digest = Digest::of(&bytes);
         let model = onnx::decode(bytes)?;
         let is_split = model.metadata(SHARD_KEY).is_some();
         let info = match is_split {
             true => ShardInfo::read(|key| model.metadata(key))?,
-            false => alone(sha256.iter().fold(String::new(), |mut text, byte| {
-                // Writing to a String cannot end in an error.
-                let _ = write!(text, "{byte:02x}");
-                text
-            })),
+            false => alone(digest.to_string()),
         };
         let entry = |entry: &onnx::StringStringEntryProto| {
             (entry.key().to_owned(), entry.value().to_owned())
@@ -154,7 +151,7 @@ impl Shard {
         let metadata = model.metadata_props.iter().map(entry).collect();
         let mut program = Builder::new(&model, &info)?.build()?;
         program.pixels = pixels(&model, &program)?;
-        Ok(Shard { info, is_split, metadata, program })
+        Ok(Shard { info, digest, is_split, metadata, program })
     }
 
     /// Who the shard is; `None` for a model that was never split.
@@ -165,6 +162,11 @@ impl Shard {
     /// Who the node is that runs it: the shard's own word, or a cluster of one for a whole model.
     pub fn identity(&self) -> &ShardInfo {
         &self.info
+    }
+
+    /// Which file it is.
+    pub fn digest(&self) -> Digest {
+        self.digest
     }
 
     /// The file's metadata.

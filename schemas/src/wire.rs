@@ -236,6 +236,13 @@ impl Infer {
         frame.freeze()
     }
 
+    /// Most bytes of a question whose inputs have so many elements each, whatever their axes.
+    pub fn most_bytes(inputs: impl IntoIterator<Item = usize>) -> usize {
+        let tensor = |elements: usize| elements.saturating_mul(4).saturating_add(2 + 4 * MAX_RANK);
+        let tensors = inputs.into_iter().map(tensor).fold(0, usize::saturating_add);
+        tensors.saturating_add(PREFIX + 4 + 2).min(MAX_FRAME)
+    }
+
     /// Reads a question.
     ///
     /// # Errors
@@ -583,6 +590,17 @@ mod tests {
         bytes.put_u32_le(u32::MAX);
         bytes.put_u32_le(u32::MAX);
         assert_eq!(Reply::decode(bytes.freeze()), Err(WireError::CutShort));
+    }
+
+    #[test]
+    fn no_question_is_larger_than_its_inputs_need() {
+        let one = Tensor::new(vec![1; MAX_RANK], vec![1.0]).unwrap();
+        let six = Tensor::new(vec![2, 3], vec![1.0; 6]).unwrap();
+        let question = |inputs| Infer { within: Duration::ZERO, inputs }.encode().len();
+        assert_eq!(question(vec![one.clone()]), Infer::most_bytes([1]));
+        assert_eq!(question(vec![]), Infer::most_bytes([]));
+        assert!(question(vec![one, six]) < Infer::most_bytes([1, 6]));
+        assert_eq!(Infer::most_bytes([usize::MAX, usize::MAX]), MAX_FRAME);
     }
 
     #[test]

@@ -2,11 +2,12 @@
 //!
 //! Takes a shard and where its peers may be; binds at once, loads, joins the cluster, says what it
 //! waits for and when it is ready, and serves until it is told to stop. The `cluster.json` beside the
-//! shard, where there is one, gives addresses, and must be of the same split.
+//! shard, where there is one, gives addresses, must be of the same split, and says which files the shards
+//! are: the node's own, and those that it finds or is handed over.
 //! Ends with an error when peers are missing past the timeout, when a node of another split
 //! appears, or when computing panics: a process that lives on keeps others from standing in for it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -17,11 +18,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use snn_runtime::Shard;
+use snn_runtime::digest::Digest;
 use snn_runtime::http::Relay;
 use snn_runtime::knowledge::Knowledge;
 use snn_runtime::serve::{Obstacle, Server, ServerOptions};
 use snn_runtime::transport::zenoh::{DEFAULT_LISTEN, FROZEN_AFTER, Link, Options};
-use snn_schemas::manifest::{MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest};
+use snn_schemas::manifest::{MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest, NodeEntry};
 use snn_schemas::metadata::ShardInfo;
 
 use super::emulation::{self, Emulation};
@@ -248,6 +250,10 @@ enum Left {
 fn read(setup: &Setup) -> Result<Arc<Knowledge>> {
     let bytes = Bytes::from(fs::read(&setup.shard).context("read")?);
     let mut knowledge = Knowledge::new(bytes).context("shard")?;
+    if let Some(manifest) = beside(setup.folder(), knowledge.shard()).context("addresses")? {
+        let named = format!("not the shard that {MANIFEST_FILE} beside it names");
+        knowledge.expect(digests(&manifest)?).context(named)?;
+    }
     if let Some((dir, grace)) = &setup.keep {
         knowledge.keep_in(dir, *grace);
     }
@@ -260,7 +266,7 @@ async fn start(
     tell: &(dyn Fn(Progress<'_>) + Sync),
 ) -> Result<Server> {
     let shard = knowledge.shard();
-    let folder = setup.shard.parent().unwrap_or(Path::new(""));
+    let folder = setup.folder();
     let manifest = beside(folder, shard).context("addresses")?;
     let options = options(setup, shard, manifest.as_ref())?;
     let link = Link::open(&options).await?;
@@ -278,8 +284,8 @@ async fn start(
             // A device may have been given its own shard only; peers have the others.
             let file = manifest.nodes.iter().find(|node| node.rank == rank);
             let bytes = file.and_then(|node| fs::read(folder.join(&node.shard)).ok());
-            if let Some(bytes) = bytes {
-                knowledge.shelf().offer(rank, bytes.into());
+            if let Some(Err(reason)) = bytes.map(|b| knowledge.shelf().offer(rank, b.into())) {
+                tracing::warn!(rank, %reason, "the shard beside the node's own is not used");
             }
         }
     }
@@ -349,6 +355,11 @@ async fn stay(
 }
 
 impl Setup {
+    /// Where the shard lies.
+    fn folder(&self) -> &Path {
+        self.shard.parent().unwrap_or(Path::new(""))
+    }
+
     /// Whether the node can be reached from other machines, and so looks for them.
     fn is_open(&self) -> bool {
         self.key.is_some() || self.insecure
@@ -372,6 +383,18 @@ fn beside(folder: &Path, shard: &Shard) -> Result<Option<Manifest>> {
         short(&info.split)
     );
     Ok(Some(manifest))
+}
+
+/// Which file the shard of each rank is. Of a model that nobody has split a manifest says nothing.
+fn digests(manifest: &Manifest) -> Result<BTreeMap<usize, Digest>> {
+    let named = manifest.nodes.iter().filter(|node| !node.sha256.is_empty());
+    let digest = |node: &NodeEntry| -> Result<(usize, Digest)> {
+        let digest = Digest::parse(&node.sha256).with_context(|| {
+            format!("{MANIFEST_FILE} beside it: sha256 of rank {} is none", node.rank)
+        })?;
+        Ok((node.rank, digest))
+    };
+    named.map(digest).collect()
 }
 
 /// Where the node listens and connects to, from the command line and the manifest beside the shard.

@@ -1,11 +1,13 @@
-//! All nodes lose their power, and not all return: who does stands in for who does not, from what it kept.
+//! All nodes lose their power, and not all return: who does stands in for who does not, from what it kept. With a
+//! shard that has changed on disk meanwhile none starts.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use snn_compiler::Nodes;
 use snn_runtime::client::Client;
-use snn_runtime::{NodeReport, Tensor};
+use snn_runtime::digest::Digest;
+use snn_runtime::{NodeReport, Shard, Tensor};
 use snn_schemas::Dtype;
 
 use crate::agents::{files, get};
@@ -267,4 +269,48 @@ fn a_disk_that_takes_nothing_costs_a_line() {
     said.extend(first.rest().lines().map(str::to_owned));
     assert_eq!((warnings(&said, "not kept"), warnings(&said, "")), (1, 1), "{said:?}");
     assert_eq!(first.code(), Some(0));
+}
+
+/// Flips a bit of a shard's file, one that leaves it a shard of its split: nothing but its digest tells.
+fn flip_a_bit(file: &Path) {
+    let mut bytes = std::fs::read(file).unwrap();
+    let info = |bytes: &[u8]| {
+        let shard = Shard::from_bytes(bytes.to_vec().into()).ok()?;
+        shard.info().map(|info| (info.split.clone(), info.rank))
+    };
+    let before = info(&bytes);
+    assert!(before.is_some());
+    for place in bytes.len() / 2..bytes.len() {
+        bytes[place] ^= 1;
+        if info(&bytes) == before {
+            return std::fs::write(file, bytes).unwrap();
+        }
+        bytes[place] ^= 1;
+    }
+    panic!("every bit matters");
+}
+
+#[test]
+fn a_shard_with_a_flipped_bit_does_not_start_beside_its_manifest() {
+    let net = residual(2, &[2, 2], 8);
+    let folder = folder(&net, Some(&ring(&net, 2, Dtype::F16)), Nodes::PerGroup);
+    let shard = folder.path().join("shard_0.onnx");
+    let digest = || Digest::of(&std::fs::read(&shard).unwrap()).short();
+    let expected = digest();
+    flip_a_bit(&shard);
+    let mut refused = NodeProcess::start(&shard, &[]);
+    let said = refused.rest();
+    assert_eq!((refused.code(), said.lines().count()), (Some(2), 1), "{said}");
+    let why = format!("sha256 {}…, expected {expected}…", digest());
+    let named = "not the shard that cluster.json beside it names";
+    assert_eq!(said, format!("snn-run: {}: {named}: {why}\n", shard.display()));
+    // Nor is it used by the node beside it, which waits for its own.
+    let mut beside = NodeProcess::start(&folder.path().join("shard_1.onnx"), &[]);
+    let said = until(&mut beside, "waiting for rank 0");
+    assert_eq!(warnings(&said, "the shard beside the node's own is not used"), 1, "{said:?}");
+    drop(beside);
+    // Without a manifest nobody knows better.
+    std::fs::remove_file(folder.path().join("cluster.json")).unwrap();
+    let mut alone = NodeProcess::start(&shard, &[]);
+    assert!(alone.line().starts_with("listening on "));
 }

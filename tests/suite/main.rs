@@ -40,7 +40,7 @@ use std::path::Path;
 
 use fixtures::{Net, TOLERANCE, policy, ring, rounded, style};
 use snn::run::input::Array;
-use snn_compiler::{Nodes, Options, PolicySource, Source, Split, compile};
+use snn_compiler::{Nodes, Options, PolicySource, Source, Split, compile, sha256};
 use snn_runtime::Tensor;
 use snn_schemas::Policy;
 
@@ -60,11 +60,13 @@ fn folder(net: &Net, policy: Option<&Policy>, nodes: Nodes) -> tempfile::TempDir
 }
 
 fn write(split: &Split, folder: &Path) {
-    for shard in &split.shards {
-        std::fs::write(folder.join(format!("shard_{}.onnx", shard.rank)), shard.to_bytes())
-            .unwrap();
+    let mut manifest = split.manifest.clone();
+    for (node, shard) in manifest.nodes.iter_mut().zip(&split.shards) {
+        let bytes = shard.to_bytes();
+        node.sha256 = sha256(&bytes);
+        std::fs::write(folder.join(&node.shard), bytes).unwrap();
     }
-    std::fs::write(folder.join("cluster.json"), split.manifest.to_json()).unwrap();
+    std::fs::write(folder.join("cluster.json"), manifest.to_json()).unwrap();
 }
 
 fn shape(net: &Net) -> Vec<usize> {

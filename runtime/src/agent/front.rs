@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
+use snn_schemas::wire::MAX_FRAME;
 
 use super::wire::{Settings, Version};
 use crate::client::{AskError, Client, ClusterInfo, door_key, infer_key, info_key, own_key};
@@ -233,10 +234,16 @@ pub async fn answer(link: Link, front: Arc<Front>) -> Result<(), LinkError> {
     let about = queryable(&link, &own_key(&info_key(FRONT), &link.id())).await?;
     let asked = queryable(&link, &own_key(&infer_key(FRONT), &link.id())).await?;
     let door = queryable(&link, &door_key(FRONT, &link.id())).await?;
-    let asks = Arc::clone(&front);
+    let (asks, describes) = (Arc::clone(&front), Arc::clone(&front));
+    // Without a version every question is refused for that.
+    let limit = move || {
+        let info = describes.current().map(|backend| Arc::clone(&backend.info));
+        std::future::ready(info.map_or(MAX_FRAME, |info| info.question_bytes()))
+    };
     let ask = move |inputs, within| {
         let front = Arc::clone(&asks);
         async move { front.ask(inputs, within).await }
+    };
     };
     tokio::join!(
         async {
@@ -247,8 +254,8 @@ pub async fn answer(link: Link, front: Arc<Front>) -> Result<(), LinkError> {
                 }
             }
         },
-        answer_questions(asked, ask.clone()),
-        answer_questions(door, ask),
+        answer_questions(asked, limit.clone(), ask.clone()),
+        answer_questions(door, limit, ask),
     );
     Ok(())
 }

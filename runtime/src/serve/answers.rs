@@ -87,11 +87,13 @@ async fn try_answer(
         outputs: node.outputs().to_vec(),
         metadata: shard.metadata().to_vec(),
     };
+    let limit = described.question_bytes();
     let described = Bytes::from(serde_json::to_vec(&described)?);
     let about = queryable(link, &own(info_key(&info.split))).await?;
     let asked = queryable(link, &own(infer_key(&info.split))).await?;
     let asks = Arc::clone(node);
-    let answered = answer_questions(asked, move |inputs, within| {
+    let limit = move || std::future::ready(limit);
+    let answered = answer_questions(asked, limit, move |inputs, within| {
         let (node, reruns) = (Arc::clone(&asks), reruns.clone());
         async move { infer(&node, inputs, within, &reruns).await }
     });
@@ -103,11 +105,16 @@ async fn try_answer(
 /// what a process can pass on.
 pub(super) async fn ask_for_others(link: Link, split: String, questions: Questions) {
     let cluster = Asked::new(link.session().clone(), split);
+    let asked = cluster.clone();
+    let limit = move || {
+        let asked = asked.clone();
+        async move { asked.question_bytes().await }
+    };
     let ask = move |inputs, within| {
         let cluster = cluster.clone();
         async move { client::infer(&cluster, Way::Straight, inputs, within).await }
     };
-    answer_questions(questions, ask).await;
+    answer_questions(questions, limit, ask).await;
 }
 
 async fn answer_info(questions: Questions, described: Bytes) {

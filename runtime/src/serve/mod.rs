@@ -15,6 +15,8 @@
 //! Shutting down, or dropping the server, ends every task it started.
 
 mod answers;
+mod chunk;
+mod fetch;
 mod shards;
 mod takeover;
 
@@ -29,7 +31,7 @@ use tokio::task::JoinSet;
 
 use self::answers::{Reruns, answer, ask_for_others};
 pub use self::takeover::Obstacle;
-use crate::client::{door_key, shard_key};
+use crate::client::{door_key, own_key, shard_key};
 use crate::engine::Engine;
 use crate::http::{Asker, ClusterAsker, Own};
 use crate::knowledge::Knowledge;
@@ -116,7 +118,8 @@ impl Server {
         });
         process.compute(process.knowledge.shard(), Role::Home).await?;
         let mut tasks = JoinSet::new();
-        let questions = queryable(&process.link, &shard_key(&process.info.split, "*")).await?;
+        let shards = own_key(&shard_key(&process.info.split, "*"), &process.link.id());
+        let questions = queryable(&process.link, &shards).await?;
         tasks.spawn(Arc::clone(&process).hand_out_shards(questions));
         let door = door_key(&process.info.split, &process.link.id());
         let door = queryable(&process.link, &door).await?;

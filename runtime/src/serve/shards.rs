@@ -1,26 +1,20 @@
 //! How shards get around: every process asks its peers for those it lacks, hands out those it has, and keeps
 //! on disk what it was given, where it has a folder for that.
 //!
-//! A shard travels in chunks, one a question; whoever answers first is taken at his word until the whole is
-//! there, and the shelf keeps it only if it is what it should be.
+//! A shard travels in pieces ([`chunk`]), from a holder that is asked under a key of its own; what comes is
+//! checked ([`fetch`](super::fetch)) before the shelf is offered it.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use zenoh::query::{ConsolidationMode, QueryTarget};
-
 use super::Process;
-use crate::client::shard_key;
-use crate::kept::{Kept, MAX_SHARD};
+use super::chunk::{self, Piece};
+use super::fetch::{Fetched, Fetcher};
+use crate::client::{own_key, shard_key};
+use crate::kept::Kept;
 use crate::questions::{Questions, reply};
-use crate::transport::zenoh::{into_bytes, one_line};
+use crate::transport::zenoh::one_line;
 
-/// How long peers may take to hand over a shard.
-const FETCH_WITHIN: Duration = Duration::from_secs(10);
-/// Bytes of a shard that travel at once. Everything between two nodes shares one connection: on a link
-/// of 1 Mbit/s these take a tenth of the time after which silence counts as death.
-const CHUNK: usize = 8 << 10;
 /// Pause before missing shards are asked for again, where nobody has come or gone meanwhile.
 const FETCH_AGAIN: Duration = Duration::from_millis(500);
 /// Pause before what could not be written to disk is tried again: a full disk may be emptied.
@@ -31,6 +25,8 @@ impl Process {
     /// before, nobody could stand in for him.
     pub(super) async fn gather_shards(self: Arc<Self>) {
         let mut members = self.members.clone();
+        let session = self.link.session().clone();
+        let mut fetcher = Fetcher::new(session, self.info.split.clone(), self.info.rank);
         loop {
             // What has come by now is looked for at once.
             members.mark_unchanged();
@@ -39,12 +35,8 @@ impl Process {
                 return;
             }
             for rank in missing {
-                match self.fetch(rank).await {
-                    Ok(true) => drop(self.sought().remove(&rank)),
-                    Ok(false) => drop(self.sought().insert(rank)),
-                    Err(error) => {
-                        tracing::debug!(rank, reason = one_line(&error), "shard not fetched");
-                    }
+                if let Err(error) = self.gather(rank, &mut fetcher).await {
+                    tracing::debug!(rank, reason = one_line(&error), "shard not fetched");
                 }
             }
             let changed = tokio::time::timeout(FETCH_AGAIN, members.changed()).await;
@@ -54,22 +46,22 @@ impl Process {
         }
     }
 
-    /// Fetches one shard, a chunk after another, from whoever answers first; whether anybody has it.
-    async fn fetch(&self, rank: usize) -> zenoh::Result<bool> {
-        let mut file = Vec::new();
-        while let Some((length, chunk)) = self.fetch_chunk(rank, file.len()).await? {
-            file.extend_from_slice(&chunk);
-            if file.len() >= length {
-                let file = Bytes::from(file);
-                match (self.shelf().offer(rank, file.clone()), self.knowledge.kept()) {
-                    (true, Some(kept)) => kept.shard(rank, file),
-                    (true, None) => {}
-                    (false, _) => tracing::warn!(rank, "what peers gave is not the shard"),
+    /// Fetches one shard to the shelf, and to the disk where shards are kept there.
+    async fn gather(&self, rank: usize, fetcher: &mut Fetcher) -> zenoh::Result<()> {
+        let expected = self.shelf().expected(rank);
+        // To read and hash it takes a while.
+        let accept = |file| tokio::task::block_in_place(|| self.shelf().offer(rank, file));
+        match fetcher.fetch(rank, expected, accept).await? {
+            Fetched::File(file) => {
+                self.sought().remove(&rank);
+                if let Some(kept) = self.knowledge.kept() {
+                    kept.shard(rank, file);
                 }
-                return Ok(true);
             }
+            Fetched::Nowhere => drop(self.sought().insert(rank)),
+            Fetched::Later => {}
         }
-        Ok(!file.is_empty())
+        Ok(())
     }
 
     /// Writes to disk what is to be kept, as long as the server lives.
@@ -97,77 +89,39 @@ impl Process {
         }
     }
 
-    /// The length of a shard, and what stands in it from `from` on.
-    async fn fetch_chunk(&self, rank: usize, from: usize) -> zenoh::Result<Option<(usize, Bytes)>> {
-        let key = shard_key(&self.info.split, &rank.to_string());
-        let answers = self
-            .link
-            .session()
-            .get(key)
-            .payload((from as u64).to_le_bytes().to_vec())
-            .target(QueryTarget::All)
-            .consolidation(ConsolidationMode::None)
-            .timeout(FETCH_WITHIN)
-            .await?;
-        while let Ok(answer) = answers.recv_async().await {
-            let bytes = answer.into_result().ok().and_then(|sample| into_bytes(sample.payload()));
-            if let Some((length, chunk)) = bytes.as_ref().and_then(read_chunk)
-                && (from as u64..=MAX_SHARD).contains(&(length as u64))
-            {
-                return Ok(Some((length, chunk)));
-            }
-        }
-        Ok(None)
-    }
-
     /// Gives shards to those who ask for them.
     pub(super) async fn hand_out_shards(self: Arc<Self>, questions: Questions) {
         while let Ok(query) = questions.recv_async().await {
-            let asked =
-                query.key_expr().as_str().rsplit('/').next().and_then(|rank| rank.parse().ok());
-            if let Some(rank) = asked.filter(|&rank| rank < self.info.nodes)
-                && let Some(bytes) = self.shelf().get(rank)
+            if let Some(rank) = asked_rank(query.key_expr().as_str())
+                && let Some(piece) = query.payload().and_then(Piece::read)
+                && let Some((digest, file)) = self.shelf().held(rank)
             {
-                let chunk = chunk(&bytes, query.payload().and_then(into_bytes));
-                reply(&query, shard_key(&self.info.split, &rank.to_string()), chunk).await;
+                let key = shard_key(&self.info.split, &rank.to_string());
+                let answer = chunk::answer(digest, &file, piece);
+                reply(&query, own_key(&key, &self.link.id()), answer).await;
             }
         }
     }
 }
 
-/// A chunk of a file as it travels: the file's length, and what stands from the asked place on.
-fn chunk(file: &Bytes, question: Option<Bytes>) -> Bytes {
-    let from = question.and_then(|bytes| bytes[..].try_into().ok()).map_or(0, u64::from_le_bytes);
-    let from = usize::try_from(from).unwrap_or(usize::MAX).min(file.len());
-    let part = &file[from..file.len().min(from.saturating_add(CHUNK))];
-    [&(file.len() as u64).to_le_bytes()[..], part].concat().into()
-}
-
-/// Reads a chunk; `None` for anything else, and for one that brings nothing.
-fn read_chunk(bytes: &Bytes) -> Option<(usize, Bytes)> {
-    let length = bytes.get(..8)?.try_into().ok().map(u64::from_le_bytes)?;
-    let part = bytes.slice(8..);
-    (!part.is_empty()).then_some((usize::try_from(length).ok()?, part))
+/// The rank that a question for a shard names: everybody's `snn/<split>/shard/<rank>/*`, or one holder's.
+fn asked_rank(key: &str) -> Option<usize> {
+    key.split('/').nth(3).and_then(|rank| rank.parse().ok())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::client::all_keys;
 
     #[test]
-    fn a_file_is_put_together_from_its_chunks() {
-        let file = Bytes::from((0..3 * CHUNK + 5).map(|at| (at % 251) as u8).collect::<Vec<_>>());
-        let mut whole = Vec::new();
-        while whole.len() < file.len() {
-            let question = Bytes::from((whole.len() as u64).to_le_bytes().to_vec());
-            let (length, part) = read_chunk(&chunk(&file, Some(question))).unwrap();
-            assert_eq!(length, file.len());
-            assert!(part.len() <= CHUNK);
-            whole.extend_from_slice(&part);
+    fn the_rank_stands_in_the_question() {
+        let split = "ab".repeat(32);
+        let key = shard_key(&split, "3");
+        assert_eq!(asked_rank(&all_keys(&key)), Some(3));
+        assert_eq!(asked_rank(&own_key(&key, "7f3a")), Some(3));
+        for other in ["snn/**", &shard_key(&split, "*"), &shard_key(&split, "-1"), ""] {
+            assert_eq!(asked_rank(other), None, "{other}");
         }
-        assert_eq!(whole, file);
-        let beyond = Bytes::from(u64::MAX.to_le_bytes().to_vec());
-        assert_eq!(read_chunk(&chunk(&file, Some(beyond))), None);
-        assert_eq!(read_chunk(&Bytes::from_static(b"short")), None);
     }
 }
