@@ -31,6 +31,7 @@ mod render;
 mod routers;
 mod segment;
 mod survival;
+mod traces;
 mod trained;
 mod trust;
 
