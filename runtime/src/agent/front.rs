@@ -3,9 +3,8 @@
 //! A [`Front`] stands before one cluster at a time, and is an [`Asker`], so HTTP is answered through
 //! it; [`answer`] does the same for `snn-run infer`, and passes on what is asked for a trace. A request
 //! is answered by the version that was current when it came: [`Front::switch`] gives the old one back,
-//! still connected, and
-//! [`Backend::requests`] tells how many requests it still has to answer. So a version is replaced
-//! without a failed request, and without a connection that clients lose.
+//! still connected, and [`Backend::requests`] tells how many requests it still has to answer. So a
+//! version is replaced without a failed request, and without a connection that clients lose.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
