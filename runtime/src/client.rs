@@ -2,8 +2,8 @@
 //!
 //! [`Client::connect`] takes a node's address; the client's questions reach the whole cluster through
 //! that node. It gives what the cluster takes and gives ([`ClusterInfo`]), the answers to inference
-//! requests, and what each node has counted. Every question has a deadline; every answer is bounded
-//! in size before it is decoded. Dropping a client disconnects it.
+//! requests, what each node has counted, and traces ([`Client::record`]). Every question has a deadline;
+//! every answer is bounded in size before it is decoded. Dropping a client disconnects it.
 
 use std::net::{TcpStream, ToSocketAddrs as _};
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use crate::key::ClusterKey;
 use crate::transport::zenoh::{
     LinkError, client_config, into_bytes, one_line, parse_address, split_prefix,
 };
-use crate::watch::{clock, trace};
+use crate::watch::{Recording, recording, trace};
 use crate::{Answer, NodeReport, Tensor};
 
 /// How long a node may take to accept a connection: beyond it, nobody is there.
@@ -43,6 +43,8 @@ const TRAVEL: Duration = Duration::from_millis(500);
 const PASSED_ON: usize = 256 << 10;
 /// How long whoever computes the entry rank may take to say what the model takes.
 const DESCRIBE_WITHIN: Duration = Duration::from_millis(300);
+/// How long an answer to a question that is passed on may take: less than whoever asked waits for it.
+const PASSED_ON_WITHIN: Duration = Duration::from_secs(4);
 /// Largest description or report accepted, in bytes: names of a thousand classes fit.
 const MAX_JSON: usize = 1 << 20;
 
@@ -247,13 +249,32 @@ impl Client {
         Ok(reports)
     }
 
-    /// What each node has recorded since it was told to, on one time axis; nodes that do not answer
-    /// are left out.
+    /// What each node that records for itself has recorded since it was told to, on one time axis; nodes
+    /// that do not answer are left out.
     ///
     /// # Errors
     /// A connection that has ended, or a record that cannot be read.
     pub async fn trace(&self, within: Duration) -> Result<Vec<trace::Aligned>, AskError> {
-        clock::gather(&self.asked.session, (&self.info.split, self.info.nodes), within).await
+        recording::gather(&self.asked, self.info.nodes, None, within).await
+    }
+
+    /// Has every node that is there record from now on.
+    ///
+    /// # Errors
+    /// [`AskError::Refused`] where a node records another trace, [`AskError::NoAnswer`] where none answers.
+    pub async fn record(&self) -> Result<Recording, AskError> {
+        Recording::begin(self.asked.clone(), self.info.nodes).await
+    }
+
+    /// Asks whoever answers under `key` of the cluster and a rank, for somebody else.
+    pub(crate) async fn pass_on(
+        &self,
+        key: fn(&str, &str) -> String,
+        rank: usize,
+        question: Bytes,
+    ) -> Result<Vec<Bytes>, AskError> {
+        let key = all_keys(&key(&self.asked.split, &rank.to_string()));
+        ask(&self.asked.session, &key, question, PASSED_ON_WITHIN).await
     }
 
     /// Disconnects.

@@ -51,7 +51,9 @@ Exit codes: 0 done, 1 --check found a difference, 2 error.";
 const INFER_HELP: &str = "\
 Example:
   snn-run infer --node 192.168.1.11:7447 cat.png
-  snn-run infer --node 192.168.1.12:7447 x.npy --output y.npy";
+  snn-run infer --node 192.168.1.12:7447 x.npy --output y.npy
+  What every node does when, over a hundred requests:
+  snn-run infer --node 192.168.1.12:7447 x.npy --repeat 100 --trace trace.json";
 
 /// Run the shards of a split network: one node, or a whole cluster on this machine.
 #[derive(Debug, Parser)]
@@ -172,7 +174,8 @@ pub struct Args {
     #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds, requires = "serving", help_heading = "Watching and serving")]
     http_within: Duration,
 
-    /// Write what happened when, for Perfetto or chrome://tracing; a node writes its own part at its end
+    /// Write what happened when, for Perfetto or chrome://tracing; a node writes its own part at its end (of
+    /// a running cluster: snn-run infer --trace)
     #[arg(
         long,
         value_name = "FILE",
@@ -264,6 +267,14 @@ pub struct Infer {
     /// Write the model's output, .npy
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
+
+    /// Ask this often; what is printed is the last answer to each input
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_REPEAT))]
+    pub repeat: u32,
+
+    /// Have all nodes record meanwhile, and write what happened when, for Perfetto or chrome://tracing
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
 
     /// Give up after this long
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
@@ -499,6 +510,8 @@ mod tests {
         assert!(
             matches!(mode("snn-run infer --node a:1 x.npy"), Mode::Infer(i) if i.node == ["a:1"])
         );
+        let line = "snn-run infer --node a:1 x.npy --repeat 9 --trace t.json";
+        assert!(matches!(mode(line), Mode::Infer(i) if i.repeat == 9 && i.trace.is_some()));
         assert!(matches!(mode("snn-run --profile --json"), Mode::Profile(p) if p.json));
         let line = "snn-run --agent --https 8000 --https-cert c --https-key k --http-within 3";
         let own = |http: &Settings| matches!(http.encryption, Encryption::Own { .. });
@@ -522,6 +535,7 @@ mod tests {
             "snn-run d/shard_1.onnx --timeout 0",
             "snn-run d/shard_1.onnx --timeout NaN",
             "snn-run --local d --repeat 0",
+            "snn-run infer --node a:1 x.npy --repeat 0",
             "snn-run --local d --device 0.5x",
             "snn-run --local d --device 5mhz",
             "snn-run --local d --link 300",

@@ -1,7 +1,8 @@
 //! `snn-run infer`: asks a running cluster, at the address of any of its nodes.
 //!
-//! Takes [`args::Infer`]; reads the input as the cluster's model wants it, asks once for every batch
-//! in it, and prints the most likely classes, or the largest values where the model names no classes.
+//! Takes [`args::Infer`]; reads the input as the cluster's model wants it, asks for every batch in it,
+//! once or as often as is wanted, and prints the most likely classes, or the largest values where the model
+//! names no classes. With `--trace` all nodes record meanwhile.
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use snn_schemas::manifest::Port;
 use snn_schemas::metadata::{CLASSES, Normalisation};
 
 use super::input::{self, Array, InputSpec};
-use super::{args, report};
+use super::{args, report, trace};
 
 /// How many classes are printed of each answer.
 const TOP: usize = 5;
@@ -35,27 +36,30 @@ pub(super) async fn infer(infer: args::Infer) -> Result<ExitCode> {
 async fn run(infer: &args::Infer) -> Result<ExitCode> {
     let node = || infer.node.join(", ");
     let deadline = Instant::now() + infer.timeout;
-    let left = || deadline.saturating_duration_since(Instant::now());
     let key = infer.key.as_deref().map(crate::key::read).transpose()?;
     // What can be seen to be wrong is said before anybody is asked.
     let found = std::fs::metadata(&infer.input);
     found.context("input").with_context(|| infer.input.display().to_string())?;
-    infer.output.as_deref().map(super::check_place).transpose().context("output")?;
-    let connected = Client::connect(&infer.node, key.as_ref(), left()).await;
+    for (path, what) in [(&infer.output, "output"), (&infer.trace, "trace")] {
+        path.as_deref().map(super::check_place).transpose().context(what)?;
+    }
+    let connected = Client::connect(&infer.node, key.as_ref(), left(deadline)).await;
     let client = connected.context("connect").with_context(node)?;
     let info = client.info();
     let spec = input_spec(&info.inputs, &info.metadata).context("model").with_context(node)?;
     let requests = input::read(&infer.input, &spec)
         .context("input")
         .with_context(|| infer.input.display().to_string())?;
-    let mut outputs = Vec::with_capacity(requests.len());
-    let mut degraded = 0;
-    for request in &requests {
-        let answer = ask(&client, std::slice::from_ref(request), left()).await;
-        let answer = answer.context("infer").with_context(node)?;
-        degraded += usize::from(answer.degraded);
-        outputs.push(single(arrays(answer))?);
-    }
+    let repeat = infer.repeat as usize;
+    let asking = answers(&client, &requests, repeat, deadline);
+    let (outputs, degraded) = match &infer.trace {
+        Some(path) => {
+            let (answers, lanes) = trace::record(&client, asking).await.with_context(node)?;
+            trace::write(&lanes, path)?;
+            answers
+        }
+        None => asking.await.with_context(node)?,
+    };
     let output = report::stack(outputs).context("output")?;
     if let Some(path) = &infer.output {
         let written = input::write_npy(path, &output);
@@ -64,7 +68,7 @@ async fn run(infer: &args::Infer) -> Result<ExitCode> {
     let classes = class_names(client.info());
     client.close().await;
     if degraded > 0 {
-        let all = requests.len();
+        let all = requests.len() * repeat;
         let what = "some tensors were not waited for";
         super::progress(format_args!("{degraded} of {all} answers are degraded: {what}"));
     }
@@ -73,6 +77,32 @@ async fn run(infer: &args::Infer) -> Result<ExitCode> {
         false => super::print(answer_text(&output, &classes))?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn left(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
+}
+
+/// Asks a cluster for every request, `repeat` times over; gives the outputs of the last time, and how many
+/// of all answers are degraded.
+async fn answers(
+    client: &Client,
+    requests: &[Array],
+    repeat: usize,
+    deadline: Instant,
+) -> Result<(Vec<Array>, usize)> {
+    let mut outputs = Vec::with_capacity(requests.len());
+    let mut degraded = 0;
+    for _ in 0..repeat {
+        outputs.clear();
+        for request in requests {
+            let answer = ask(client, std::slice::from_ref(request), left(deadline)).await;
+            let answer = answer.context("infer")?;
+            degraded += usize::from(answer.degraded);
+            outputs.push(single(arrays(answer))?);
+        }
+    }
+    Ok((outputs, degraded))
 }
 
 /// Asks a cluster once.

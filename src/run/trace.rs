@@ -1,15 +1,44 @@
 //! `--trace`: what nodes have recorded, written as a file that Perfetto and Chrome open.
 //!
 //! Takes lanes on one time axis; writes them, and says which share of the transfers' time was hidden
-//! behind computing.
+//! behind computing. [`record`] has a running cluster record them while something is done.
 
 use std::fs::File;
 use std::io::{BufWriter, Write as _};
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
+use snn_runtime::client::Client;
 use snn_runtime::watch::Lane;
 use snn_runtime::watch::trace::{Aligned, document, hidden};
+
+/// Has the nodes of a cluster record while `work` is done; gives what it gives, and their lanes, and says
+/// on standard error whose are left out.
+pub(super) async fn record<T>(
+    client: &Client,
+    work: impl Future<Output = Result<T>>,
+) -> Result<(T, Vec<Aligned>)> {
+    let recording = client.record().await.context("trace")?;
+    let done = recording.during(work).await;
+    let done = match done {
+        Ok(done) => done,
+        Err(error) => {
+            recording.give_up().await;
+            return Err(error);
+        }
+    };
+    let lanes = recording.collect().await.context("trace")?;
+    for rank in left_out(&lanes, client.info().nodes) {
+        let why = "it was not there from the first request to the last";
+        super::progress(format_args!("node {rank} is left out of the trace: {why}"));
+    }
+    Ok((done, lanes))
+}
+
+/// The ranks of a cluster that have no lane.
+fn left_out(lanes: &[Aligned], nodes: usize) -> impl Iterator<Item = usize> {
+    (0..nodes).filter(move |&rank| lanes.iter().all(|aligned| aligned.lane.rank != rank))
+}
 
 /// Writes lanes, and says on standard error what they show.
 pub(super) fn write(lanes: &[Aligned], path: &Path) -> Result<()> {
@@ -45,4 +74,17 @@ pub(super) fn by_wall_clock(lanes: Vec<Lane>) -> Vec<Aligned> {
         Aligned { lane, offset, uncertainty: 0 }
     };
     lanes.into_iter().map(aligned).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_without_a_lane_are_left_out() {
+        let lane = |rank| Lane { rank, ..Lane::default() };
+        let lanes = by_wall_clock(vec![lane(0), lane(2)]);
+        assert_eq!(left_out(&lanes, 4).collect::<Vec<_>>(), [1, 3]);
+        assert_eq!(left_out(&lanes[..0], 1).collect::<Vec<_>>(), [0]);
+    }
 }

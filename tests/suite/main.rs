@@ -33,6 +33,7 @@ mod render;
 mod routers;
 mod segment;
 mod survival;
+mod traces;
 mod trained;
 mod trust;
 

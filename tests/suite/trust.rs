@@ -15,6 +15,7 @@ use snn_schemas::Dtype;
 use crate::cluster::PATIENCE;
 use crate::fixtures::{Net, residual};
 use crate::processes::NodeProcess;
+use crate::traces::wait_for_lanes;
 use crate::{assert_close, folder, image, reference, ring};
 
 const SOON: Duration = Duration::from_millis(1500);
@@ -88,6 +89,28 @@ async fn a_large_input_reaches_the_cluster_through_any_node() {
     }
     let reports = client.reports(PATIENCE).await.unwrap();
     assert_eq!(reports.iter().map(|report| report.failures).collect::<Vec<_>>(), [0, 0]);
+}
+
+/// Of the node that only passes it on, and with more spans than the queue of any link takes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_trace_comes_through_any_node() {
+    let net = net();
+    let folder = folder(&net, Some(&ring(&net, 1, Dtype::F16)), Nodes::PerGroup);
+    let own = key();
+    let (_nodes, addresses) = cluster(folder.path(), &own);
+    let client = Client::connect(&addresses[1..], Some(&own), PATIENCE).await.unwrap();
+    wait_for_lanes(&client, 2).await;
+    let recording = client.record().await.unwrap();
+    let requests = async {
+        for _ in 0..1000 {
+            client.infer(vec![image(&net, 0)], PATIENCE).await.unwrap();
+        }
+    };
+    recording.during(requests).await;
+    let lanes = recording.collect().await.unwrap();
+    assert_eq!(lanes.iter().map(|aligned| aligned.lane.rank).collect::<Vec<_>>(), [0, 1]);
+    let passed_on = serde_json::to_vec(&lanes[0].lane).unwrap().len();
+    assert!(passed_on > 256 << 10, "{passed_on} bytes");
 }
 
 #[test]

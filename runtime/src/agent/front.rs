@@ -1,10 +1,10 @@
 //! Where clients ask a device whatever version it runs: the addresses stay, the version changes.
 //!
 //! A [`Front`] stands before one cluster at a time, and is an [`Asker`], so HTTP is answered through
-//! it; [`answer`] does the same for `snn-run infer`. A request is answered by the version that was
-//! current when it came: [`Front::switch`] gives the old one back, still connected, and
-//! [`Backend::requests`] tells how many requests it still has to answer. So a version is replaced
-//! without a failed request, and without a connection that clients lose.
+//! it; [`answer`] does the same for `snn-run infer`, and passes on what is asked for a trace. A request
+//! is answered by the version that was current when it came: [`Front::switch`] gives the old one back,
+//! still connected, and [`Backend::requests`] tells how many requests it still has to answer. So a
+//! version is replaced without a failed request, and without a connection that clients lose.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -17,10 +17,12 @@ use super::wire::{Settings, Version};
 use crate::client::{AskError, Client, ClusterInfo, door_key, infer_key, info_key, own_key};
 use crate::http::{Asker, Own, Unanswered};
 use crate::key::ClusterKey;
-use crate::questions::{answer_questions, queryable, reply};
+use crate::questions::{Questions, answer_questions, queryable, reply};
 use crate::transport::BoxFuture;
-use crate::transport::zenoh::{Link, LinkError};
+use crate::transport::zenoh::{Link, LinkError, into_bytes};
 use crate::watch::Log;
+use crate::watch::clock::clock_key;
+use crate::watch::recording::trace_key;
 use crate::{Answer, NodeReport, Tensor};
 
 /// What a front calls its cluster, in the place of a split that may change.
@@ -234,6 +236,8 @@ pub async fn answer(link: Link, front: Arc<Front>) -> Result<(), LinkError> {
     let about = queryable(&link, &own_key(&info_key(FRONT), &link.id())).await?;
     let asked = queryable(&link, &own_key(&infer_key(FRONT), &link.id())).await?;
     let door = queryable(&link, &door_key(FRONT, &link.id())).await?;
+    let times = queryable(&link, &own_key(&clock_key(FRONT, "*"), &link.id())).await?;
+    let lanes = queryable(&link, &own_key(&trace_key(FRONT, "*"), &link.id())).await?;
     let (asks, describes) = (Arc::clone(&front), Arc::clone(&front));
     // Without a version every question is refused for that.
     let limit = move || {
@@ -244,8 +248,9 @@ pub async fn answer(link: Link, front: Arc<Front>) -> Result<(), LinkError> {
         let front = Arc::clone(&asks);
         async move { front.ask(inputs, within).await }
     };
-    };
     tokio::join!(
+        pass_on(times, &link, &front, clock_key),
+        pass_on(lanes, &link, &front, trace_key),
         async {
             while let Ok(query) = about.recv_async().await {
                 // Without a version there is nothing to tell: the question ends unanswered.
@@ -260,6 +265,31 @@ pub async fn answer(link: Link, front: Arc<Front>) -> Result<(), LinkError> {
     Ok(())
 }
 
+/// Passes on to the version that answers what is asked of one of its ranks.
+async fn pass_on(questions: Questions, link: &Link, front: &Front, key: fn(&str, &str) -> String) {
+    while let Ok(query) = questions.recv_async().await {
+        // Held until the answer is there: so the version counts it.
+        let Some(backend) = front.current() else { continue };
+        let rank = rank_of(query.key_expr().as_str());
+        let Some(rank) = rank.filter(|&rank| rank < backend.info.nodes) else { continue };
+        let question = query.payload().and_then(into_bytes).unwrap_or_default();
+        match backend.client.pass_on(key, rank, question).await {
+            Ok(answers) => {
+                let key = own_key(&key(FRONT, &rank.to_string()), &link.id());
+                for answer in answers {
+                    reply(&query, key.clone(), answer).await;
+                }
+            }
+            Err(error) => tracing::debug!(rank, %error, "not passed on"),
+        }
+    }
+}
+
+/// The rank in the key of a question: what stands before the process that is asked.
+fn rank_of(key: &str) -> Option<usize> {
+    key.rsplit('/').nth(1)?.parse().ok()
+}
+
 fn describe(front: &Front) -> Option<Bytes> {
     let mut info = ClusterInfo::clone(&front.current()?.info);
     FRONT.clone_into(&mut info.split);
@@ -269,6 +299,13 @@ fn describe(front: &Front) -> Option<Bytes> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_rank_of_a_question_stands_in_its_key() {
+        assert_eq!(rank_of(&own_key(&trace_key(FRONT, "12"), "*")), Some(12));
+        assert_eq!(rank_of(&own_key(&clock_key(FRONT, "*"), "*")), None);
+        assert_eq!(rank_of("3"), None);
+    }
 
     #[test]
     fn who_computes_a_rank_is_read_from_the_reports() {

@@ -1,6 +1,6 @@
 //! What a rank is asked, and what it answers, as long as it is computed here.
 //!
-//! Every rank reports what it has counted and recorded, and what its clock shows. The entry rank says what
+//! Every rank reports what it has counted, and what its clock shows, and records for whoever asks. The entry rank says what
 //! the model takes and gives, and answers inferences; one that a loss interrupts is run again from its
 //! inputs, and one that ran out of time while nodes came and went once more ([`Reruns`]).
 
@@ -16,7 +16,7 @@ use crate::node::{InferError, Node};
 use crate::questions::{Questions, answer_questions, queryable, reply};
 use crate::shard::Shard;
 use crate::transport::zenoh::Link;
-use crate::watch::clock;
+use crate::watch::{clock, recording};
 
 /// How often a request is begun again after a node was lost: each time another must have died.
 const MAX_ATTEMPTS: usize = 8;
@@ -67,13 +67,14 @@ async fn try_answer(
     let info = shard.identity();
     let own = |key: String| own_key(&key, &link.id());
     let reports = queryable(link, &own(report_key(&info.split, info.rank))).await?;
-    let times = queryable(link, &own(clock::clock_key(&info.split, info.rank))).await?;
-    let lanes = queryable(link, &own(clock::trace_key(&info.split, info.rank))).await?;
+    let rank = info.rank.to_string();
+    let times = queryable(link, &own(clock::clock_key(&info.split, &rank))).await?;
+    let lanes = queryable(link, &own(recording::trace_key(&info.split, &rank))).await?;
     let watched = async {
         tokio::join!(
             answer_reports(reports, node),
-            answer_watchers(times, node, clock::time_of),
-            answer_watchers(lanes, node, clock::lane_of),
+            clock::answer(times, node.recorder()),
+            recording::answer(lanes, node.recorder(), recording::UNHEARD),
         );
     };
     if info.rank != info.entry {
@@ -128,15 +129,6 @@ async fn answer_reports(questions: Questions, node: &Node) {
         match serde_json::to_vec(&node.report()) {
             Ok(report) => reply(&query, questions.key_expr().to_string(), report.into()).await,
             Err(error) => tracing::warn!(%error, "report not written"),
-        }
-    }
-}
-
-async fn answer_watchers(questions: Questions, node: &Node, answer: fn(&Node) -> Option<Bytes>) {
-    while let Ok(query) = questions.recv_async().await {
-        match answer(node) {
-            Some(answer) => reply(&query, questions.key_expr().to_string(), answer).await,
-            None => tracing::warn!("record not written"),
         }
     }
 }

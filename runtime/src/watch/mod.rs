@@ -2,7 +2,8 @@
 //!
 //! A node feeds a [`Histogram`] of latencies, a [`Recorder`] of spans and a [`Log`] of events while it
 //! works; none of them waits for a reader. From them come Prometheus' text ([`metrics`]) and, of
-//! several nodes on one time axis, a trace for Perfetto ([`trace`]), whose clocks [`clock`] compares.
+//! several nodes on one time axis, a trace for Perfetto ([`trace`]), whose clocks [`clock`] compares. A
+//! [`Recording`] is such a trace of a running cluster, over the network.
 //! Everything kept here is bounded, and recording costs one load of a flag while it is off.
 
 pub mod clock;
@@ -11,9 +12,11 @@ mod histogram;
 pub mod metrics;
 mod recorder;
 mod seldom;
+pub(crate) mod recording;
 pub mod trace;
 
 pub use events::{Event, Log};
 pub use histogram::{BOUNDS_MS, Histogram};
 pub use recorder::{Kind, Lane, MAX_SPANS, Recorder, Span};
 pub(crate) use seldom::Seldom;
+pub use recording::Recording;
