@@ -322,6 +322,32 @@ mod tests {
     }
 
     #[test]
+    fn a_preset_stands_under_the_other_keys() {
+        let read = |net: &str| Config::from_toml(&format!("[net]\n{net}"));
+        let alone = read("preset = \"sep-resnext-56-4x16d\"\n").unwrap();
+        assert_eq!(alone.net, NetConfig::preset("sep-resnext-56-4x16d", 100).unwrap());
+        // An order of keys means nothing.
+        let changed =
+            read("classes = 10\npreset = \"sep-resnet-110\"\ntrunk_width = 32\n").unwrap();
+        let preset = NetConfig::preset("sep-resnet-110", 10).unwrap();
+        assert_eq!(changed.net, NetConfig { trunk_width: 32, ..preset });
+        // A run's own file has every setting, whatever a later version's preset is.
+        let written = changed.to_toml();
+        assert!(!written.contains("preset") && written.contains("depth = 110"), "{written}");
+        assert_eq!(Config::from_toml(&written).unwrap(), changed);
+    }
+
+    #[test]
+    fn a_preset_that_is_not_there_is_an_error_that_lists_those_that_are() {
+        let error = Config::from_toml("[net]\npreset = \"resnext-57\"\n").unwrap_err().to_string();
+        assert!(
+            error.contains("net.preset: \"resnext-57\", expected one of resnext-56"),
+            "{error}"
+        );
+        assert!(error.contains("sep-resnet-164") && error.lines().count() == 1, "{error}");
+    }
+
+    #[test]
     fn an_unknown_key_is_an_error_of_one_line() {
         let error = Config::from_toml("[net]\ndepht = 20\n").unwrap_err().to_string();
         assert!(error.contains("depht") && error.lines().count() == 1, "{error}");

@@ -14,6 +14,7 @@ use crate::config::FitConfig;
 use crate::data::Dataset;
 use crate::error::TrainError;
 use crate::net::{Network, Stats};
+use crate::progress::Stage;
 use crate::seed::Rng;
 
 /// Images judged at once: enough to keep a core busy, and small beside what training holds.
@@ -35,6 +36,18 @@ impl Score {
     pub fn accuracy(&self) -> f64 {
         self.correct as f64 / self.images.max(1) as f64
     }
+
+    /// The score itself, found in `stage` after so many epochs: JSON has no way to write a loss that is
+    /// no number, so that what was saved with it could not be read again.
+    ///
+    /// # Errors
+    /// The loss left the numbers.
+    pub(crate) fn finite(self, stage: Stage, epoch: usize) -> Result<Score, TrainError> {
+        match self.loss.is_finite() {
+            true => Ok(self),
+            false => Err(TrainError::Diverged { stage, epoch, loss: self.loss }),
+        }
+    }
 }
 
 /// Judges `network` under `policy` on the images `indices`.
@@ -49,7 +62,7 @@ pub(crate) fn judge(
     stats: Stats,
 ) -> Result<Score, TrainError> {
     let mut score = Score { correct: 0, images: indices.len(), loss: 0.0 };
-    for chunk in indices.chunks(AT_ONCE) {
+    for chunk in even(indices) {
         let (pixels, _) = images.batch(chunk, &network.device());
         let rows = rows(network.forward_with(pixels, policy, stats))?;
         for (row, &index) in rows.iter().zip(chunk) {
@@ -60,6 +73,14 @@ pub(crate) fn judge(
     }
     score.loss /= indices.len().max(1) as f64;
     Ok(score)
+}
+
+/// As few parts as hold [`AT_ONCE`] at most, of sizes that differ by one at most: the statistics of
+/// a batch of one image would make all its features the same.
+fn even(indices: &[usize]) -> impl Iterator<Item = &[usize]> {
+    let parts = indices.len().div_ceil(AT_ONCE);
+    let start = move |part: usize| part * indices.len() / parts;
+    (0..parts).map(move |part| &indices[start(part)..start(part + 1)])
 }
 
 /// Judges on all images.
@@ -163,6 +184,30 @@ mod tests {
         let (stored, batch) = (logits(Stats::Stored), logits(Stats::Batch));
         let off = stored.iter().zip(&batch).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(off < 1e-3, "{off}");
+    }
+
+    #[test]
+    fn images_are_judged_in_even_parts() {
+        let sizes = |count: usize| {
+            let indices: Vec<usize> = (0..count).collect();
+            let parts: Vec<&[usize]> = even(&indices).collect();
+            assert_eq!(parts.concat(), indices);
+            parts.into_iter().map(<[usize]>::len).collect::<Vec<_>>()
+        };
+        assert_eq!(sizes(0), [0; 0]);
+        assert_eq!(sizes(AT_ONCE), [AT_ONCE]);
+        assert_eq!(sizes(AT_ONCE + 1), [AT_ONCE / 2, AT_ONCE / 2 + 1]);
+        assert_eq!(sizes(2 * AT_ONCE + 1), [171; 3]);
+    }
+
+    #[test]
+    fn a_loss_that_is_no_number_ends_the_run() {
+        let score = Score { correct: 1, images: 2, loss: 0.5 };
+        assert_eq!(score.finite(Stage::Select, 3).unwrap(), score);
+        for loss in [f64::NAN, f64::INFINITY] {
+            let error = Score { loss, ..score }.finite(Stage::Select, 3).unwrap_err().to_string();
+            assert!(error.starts_with("select: epoch 3: the loss is "), "{error}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `snn-train`: trains a separable network, searches its policy, exports both.
 //!
 //! Parses the command line, calls the library, shows how far it is, and prints what came out: a
-//! table, or JSON with `--json`. Errors are one line on stderr. Exit codes: 0 done, 2 error.
+//! table, or JSON with `--json`. Errors and warnings are one line each on stderr. Exit codes: 0 done, 2 error.
 
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -308,6 +308,12 @@ impl Bar {
 }
 
 impl Progress for Bar {
+    /// Also where no progress is wanted: it is about the result.
+    fn warn(&mut self, warning: &str) {
+        // A warning that cannot be written is no reason to stop training.
+        let _ = writeln!(io::stderr(), "snn-train: {warning}");
+    }
+
     fn report(&mut self, report: &Report) {
         if self.quiet {
             return;

@@ -1,7 +1,8 @@
 //! How a run tells the outside how far it is.
 //!
 //! The library calls [`Progress::report`] after every epoch and every search step, from the thread
-//! that trains. Nothing is printed here: the binary draws a bar, tests pass `&mut ()`.
+//! that trains, and [`Progress::warn`] where a run goes on but somebody should know something. Nothing
+//! is printed here: the binary draws a bar and writes warnings, tests pass `&mut ()`.
 
 use std::fmt;
 
@@ -62,6 +63,9 @@ pub struct Report {
 pub trait Progress {
     /// Takes one report; must return soon, for training waits.
     fn report(&mut self, report: &Report);
+
+    /// Takes a sentence on what does not stop the run, such as images that could not be used.
+    fn warn(&mut self, _: &str) {}
 }
 
 /// Nobody listens.

@@ -9,6 +9,7 @@ mod picture;
 mod sampled;
 mod tables;
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 
 use self::charts::{Chart, Curve};
@@ -42,7 +43,8 @@ pub(crate) fn page(
     lines: &[Line],
 ) -> Result<String, TrainError> {
     let net = &config.net;
-    let mut html = head(&format!("{} on {}", net.title(), data.name));
+    let name = escaped(&data.name);
+    let mut html = head(&format!("{} on {name}", net.title()));
     let _ = writeln!(
         html,
         "<p>{}×{}d, trunk {}, G = {}, α = {}, {} on the wire. {} training, {} validation and {} test images. Seed {}.</p>",
@@ -57,7 +59,10 @@ pub(crate) fn page(
         data.test.len(),
         config.seed
     );
-    html += &tables::tables(config, &data.name, judged)?;
+    if let Some(left_out) = data.left_out() {
+        let _ = writeln!(html, "<p class=\"note\">{}.</p>", escaped(&left_out));
+    }
+    html += &tables::tables(config, &name, judged)?;
     html += &pictures(judged);
     html += &sampled::distributions(config, lines)?;
     html += &curves(config, lines)?;
@@ -65,6 +70,18 @@ pub(crate) fn page(
     Ok(html)
 }
 
+/// `text` as HTML shows it, whatever a folder or a file is called.
+fn escaped(text: &str) -> Cow<'_, str> {
+    if !text.contains(['&', '<', '>', '"', '\'']) {
+        return Cow::Borrowed(text);
+    }
+    // The ampersand first: the others bring their own.
+    let escapes = [("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("\"", "&quot;"), ("'", "&#39;")];
+    let escape = |text: String, (from, to): (&str, &str)| text.replace(from, to);
+    Cow::Owned(escapes.into_iter().fold(text.to_owned(), escape))
+}
+
+/// The start of a page under a title in HTML.
 fn head(title: &str) -> String {
     format!(
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\"><title>{title}</title><style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n"
@@ -190,4 +207,24 @@ fn curves(config: &Config, lines: &[Line]) -> Result<String, TrainError> {
     }
     html.push_str("</div>\n");
     Ok(html)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_escaped_and_what_is_left_out_stands_in_the_head() {
+        let config = Config::digits();
+        let mut data = Data::load(&config, None).unwrap();
+        let page_of = |data: &Data| page(&config, data, &[], &[]).unwrap();
+        assert!(!page_of(&data).contains("left out"));
+        data.name = "cats & <dogs>".to_owned();
+        data.skipped.push("train/<i>/0.png: broken".to_owned());
+        let page = page_of(&data);
+        assert!(page.contains("on cats &amp; &lt;dogs&gt;</h1>"), "{page}");
+        assert!(page.contains("test, cats &amp; &lt;dogs&gt;</th>"), "{page}");
+        let left_out = "<p class=\"note\">1 image is left out: train/&lt;i&gt;/0.png: broken.</p>";
+        assert!(page.contains(left_out) && !page.contains("<dogs>") && !page.contains("<i>"));
+    }
 }

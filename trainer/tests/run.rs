@@ -7,8 +7,8 @@ use std::process::Command;
 
 use snn_schemas::{Dtype, Policy, onnx};
 use snn_trainer::{
-    Candidate, Classifier, Config, Data, Report, Source, Stage, TrainError, classify, evaluate,
-    read_network,
+    Candidate, Classifier, Config, Data, DatasetName, Progress, Report, Source, Stage, TrainError,
+    classify, evaluate, read_network,
 };
 
 /// Seconds rather than a minute; accuracy is of no interest here.
@@ -161,6 +161,42 @@ fn a_run_that_was_stopped_ends_as_one_that_was_not() {
     for name in ["model.onnx", "best.json", "config.toml", "run.json", "report.html"] {
         assert!(read(&whole, name) == read(&parts, name), "{name} differs");
     }
+}
+
+/// Keeps what it is warned of.
+#[derive(Default)]
+struct Warned(Vec<String>);
+
+impl Progress for Warned {
+    fn report(&mut self, _: &Report) {}
+
+    fn warn(&mut self, warning: &str) {
+        self.0.push(warning.to_owned());
+    }
+}
+
+#[test]
+fn images_that_cannot_be_used_are_told_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    let parts = [("train/a", 60_u8), ("train/b", 60), ("test/a", 2), ("test/b", 2)];
+    for (part, count) in parts {
+        let inside = data.join(part);
+        std::fs::create_dir_all(&inside).unwrap();
+        for index in 0..count {
+            let image = image::GrayImage::from_pixel(8, 8, image::Luma([index]));
+            image.save(inside.join(format!("{index}.png"))).unwrap();
+        }
+    }
+    std::fs::write(data.join("train/a/broken.png"), "no image").unwrap();
+    let mut config = tiny();
+    config.data.name = DatasetName::Folder;
+    (config.net.classes, config.train.epochs, config.search.rounds) = (2, 1, 1);
+    let mut warned = Warned::default();
+    let out = folder.path().join("run");
+    snn_trainer::train(&config, Some(&data), &out, false, &mut warned).unwrap();
+    let [warning] = &warned.0[..] else { panic!("{:?}", warned.0) };
+    assert!(warning.starts_with("1 image is left out: ") && warning.contains("broken.png: "));
 }
 
 /// A file system of its own for a test, of so many bytes; unmounted when dropped.

@@ -14,6 +14,14 @@ pub enum ConfigError {
         /// What it may be.
         expected: &'static str,
     },
+    /// No network has this name.
+    #[error("net.preset: {name:?}, expected one of {known}")]
+    Preset {
+        /// The name asked for.
+        name: String,
+        /// Those there are.
+        known: String,
+    },
     /// No number of blocks a stage gives this depth.
     #[error("net.depth: {found}, expected 9n + 2 with n at least 1, such as 20, 29, 56 or 110")]
     Depth {

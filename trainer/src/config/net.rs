@@ -1,7 +1,8 @@
 //! The network's settings, and the networks that have a name.
 //!
-//! Takes depth, groups and widths; gives a [`NetConfig`], the shapes of its blocks, and what contradicts
-//! in it. Defaults and presets are the paper's (Table 1, section 4.3); ResNets are those of He et al.
+//! Takes depth, groups and widths, or the name of a preset and what differs from it; gives a
+//! [`NetConfig`], the shapes of its blocks, and what contradicts in it. Defaults and presets are the
+//! paper's (Table 1, section 4.3); ResNets are those of He et al.
 
 use std::fmt;
 
@@ -46,7 +47,7 @@ pub enum Classifier {
 
 /// The network of section 3.1: a separable ResNeXt, or a separable ResNet.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(try_from = "Written")]
 pub struct NetConfig {
     /// How a block's 3×3 convolution is divided.
     pub family: Family,
@@ -91,6 +92,53 @@ impl Default for NetConfig {
     }
 }
 
+/// The settings as they may be written: beside them the name of a preset, which the others override.
+#[derive(Deserialize)]
+#[serde(rename = "NetConfig", deny_unknown_fields)]
+struct Written {
+    preset: Option<String>,
+    family: Option<Family>,
+    depth: Option<usize>,
+    groups: Option<usize>,
+    cardinality: Option<usize>,
+    path_width: Option<usize>,
+    trunk_width: Option<usize>,
+    stem_channels: Option<usize>,
+    input: Option<[usize; 3]>,
+    classes: Option<usize>,
+    classifier: Option<Classifier>,
+    pooled_norm: Option<bool>,
+}
+
+impl TryFrom<Written> for NetConfig {
+    type Error = ConfigError;
+
+    fn try_from(written: Written) -> Result<NetConfig, ConfigError> {
+        let default = NetConfig::default();
+        let classes = written.classes.unwrap_or(default.classes);
+        let base = match written.preset {
+            None => default,
+            Some(name) => NetConfig::preset(&name, classes).ok_or_else(|| {
+                let known = NetConfig::presets().collect::<Vec<_>>().join(", ");
+                ConfigError::Preset { name, known }
+            })?,
+        };
+        Ok(NetConfig {
+            family: written.family.unwrap_or(base.family),
+            depth: written.depth.unwrap_or(base.depth),
+            groups: written.groups.unwrap_or(base.groups),
+            cardinality: written.cardinality.unwrap_or(base.cardinality),
+            path_width: written.path_width.unwrap_or(base.path_width),
+            trunk_width: written.trunk_width.unwrap_or(base.trunk_width),
+            stem_channels: written.stem_channels.unwrap_or(base.stem_channels),
+            input: written.input.unwrap_or(base.input),
+            classes,
+            classifier: written.classifier.unwrap_or(base.classifier),
+            pooled_norm: written.pooled_norm.unwrap_or(base.pooled_norm),
+        })
+    }
+}
+
 /// ResNeXts with a name: depth, cardinality, path width (Table 1, and section 4.3).
 const RESNEXTS: [(&str, usize, usize, usize); 4] = [
     ("resnext-56-4x16d", 56, 4, 16),
@@ -106,6 +154,7 @@ const RESNET_WIDTH: usize = 16;
 
 impl NetConfig {
     /// The network of this name, for `classes` classes; `sep-` in front makes four groups of it.
+    /// In a configuration it is `preset` of `[net]`, under the other keys.
     pub fn preset(name: &str, classes: usize) -> Option<NetConfig> {
         let (groups, plain) = match name.strip_prefix("sep-") {
             Some(plain) => (4, plain),

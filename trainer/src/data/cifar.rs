@@ -14,9 +14,6 @@ use crate::error::TrainError;
 
 /// Pixels of an image: three channels of 32×32.
 const PIXELS: usize = 3 * 32 * 32;
-/// Folders that the distributed archives unpack to.
-const UNPACKED: [&str; 4] =
-    ["cifar-10-batches-bin", "cifar-10-batches-py", "cifar-100-binary", "cifar-100-python"];
 /// Largest file read: CIFAR-100's training images, pickled with their file names, and some room.
 const MAX_FILE: u64 = 400 << 20;
 
@@ -41,6 +38,14 @@ impl Kind {
         match self {
             Kind::Ten => "cifar10",
             Kind::Hundred => "cifar100",
+        }
+    }
+
+    /// Folders that its distributed archives unpack to.
+    fn unpacked(self) -> [&'static str; 2] {
+        match self {
+            Kind::Ten => ["cifar-10-batches-bin", "cifar-10-batches-py"],
+            Kind::Hundred => ["cifar-100-binary", "cifar-100-python"],
         }
     }
 
@@ -88,7 +93,8 @@ impl Kind {
 /// # Errors
 /// The folder cannot be read, lacks a part, or holds a file that is not what its name says.
 pub(super) fn load(kind: Kind, folder: &Path) -> Result<Parts, TrainError> {
-    let inside = UNPACKED.iter().map(|name| folder.join(name)).find(|inside| inside.is_dir());
+    let mut unpacked = kind.unpacked().into_iter().map(|name| folder.join(name));
+    let inside = unpacked.find(|inside| inside.is_dir());
     let folder = inside.unwrap_or_else(|| folder.to_owned());
     let mut files: Vec<PathBuf> = fs::read_dir(&folder)
         .map_err(TrainError::io(&folder))?
@@ -215,6 +221,24 @@ mod tests {
         assert_eq!((parts.train.labels, parts.test.labels), (vec![6, 9], vec![6, 9]));
         assert_eq!(parts.train.pixels[PIXELS + 1], (7 * (PIXELS + 1) % 256) as u8);
         assert_eq!(parts.train.pixels, parts.test.pixels);
+    }
+
+    #[test]
+    fn each_kind_is_found_beside_the_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |path: &str, bytes: Vec<u8>| {
+            let path = folder.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, bytes).unwrap();
+        };
+        write("cifar-10-batches-bin/data_batch_1.bin", record(&[3], 1));
+        write("cifar-10-batches-bin/test_batch.bin", record(&[4], 1));
+        write("cifar-100-binary/train.bin", record(&[4, 60], 1));
+        write("cifar-100-binary/test.bin", record(&[4, 61], 1));
+        let parts = load(Kind::Hundred, folder.path()).unwrap();
+        assert_eq!((parts.train.labels[0], parts.test.labels[0]), (60, 61));
+        let parts = load(Kind::Ten, folder.path()).unwrap();
+        assert_eq!((parts.train.labels[0], parts.test.labels[0]), (3, 4));
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! Classes are the folders' names in order, images the files' names in order, so that the same
 //! folders give the same data. Files are decoded side by side. One that cannot be decoded, or is of
-//! another size, is left out and named; more than one in a hundred is an error.
+//! another size, is left out and named; more than one in a hundred is an error, and so is a class
+//! whose name has a comma, which separates names in a model's metadata.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +19,8 @@ const BROKEN_ONE_IN: usize = 100;
 /// Reads both parts from `folder`; images are `shape`, with one channel grey, with three in colour.
 ///
 /// # Errors
-/// A folder cannot be read, the parts have different classes, or too many images are broken.
+/// A folder cannot be read, the parts have different classes, a class has a comma in its name, or
+/// too many images are broken.
 pub(super) fn load(folder: &Path, shape: [usize; 3]) -> Result<Parts, TrainError> {
     let wrong = |reason: String| TrainError::Data(format!("{}: {reason}", folder.display()));
     if ![1, 3].contains(&shape[0]) {
@@ -30,6 +32,10 @@ pub(super) fn load(folder: &Path, shape: [usize; 3]) -> Result<Parts, TrainError
     let classes_of_test = entries(&test, Path::is_dir)?;
     if names(&classes) != names(&classes_of_test) {
         return Err(wrong("train and test have different classes".to_owned()));
+    }
+    if let Some(class) = names(&classes).iter().find(|class| class.contains(',')) {
+        let reason = format!("class {class:?}: a comma separates names in a model's metadata");
+        return Err(wrong(reason));
     }
     let mut skipped = Vec::new();
     let train = part(&classes, shape, &mut skipped)?;
@@ -124,6 +130,16 @@ mod tests {
         assert_eq!(parts.train.labels, [0, 0, 1]);
         assert_eq!(parts.train.pixels[..12], [7, 7, 7, 7, 8, 8, 8, 8, 9, 9, 9, 9]);
         assert_eq!(load(folder.path(), [1, 2, 2]).unwrap().train.pixels.len(), 12);
+    }
+
+    #[test]
+    fn a_class_with_a_comma_in_its_name_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), "train/cat, wild/0.png", 1, [1, 1, 1]);
+        write(folder.path(), "test/cat, wild/0.png", 1, [1, 1, 1]);
+        let error = load(folder.path(), [3, 1, 1]).err().unwrap().to_string();
+        let expected = ": class \"cat, wild\": a comma separates names in a model's metadata";
+        assert!(error.ends_with(expected) && error.lines().count() == 1, "{error}");
     }
 
     #[test]

@@ -143,7 +143,7 @@ impl Moments<'_> {
     }
 }
 
-/// `out = relu(y · scale + shift + residual)`.
+/// `out = relu(y · scale + shift + residual)`; what is no number stays none, so that losses show it.
 #[inline(always)]
 fn finish(
     out: &mut [f32],
@@ -152,6 +152,8 @@ fn finish(
     (scale, shift, plane, relu): (&[f32], &[f32], usize, bool),
 ) {
     let floor = if relu { 0.0 } else { f32::NEG_INFINITY };
+    // `f32::max` would make 0 of what is no number.
+    let at_least = |value: f32| if value < floor { floor } else { value };
     let channels = scale.len();
     for (index, (out, y)) in out.chunks_exact_mut(plane).zip(y.chunks_exact(plane)).enumerate() {
         let (scale, shift) = (scale[index % channels], shift[index % channels]);
@@ -159,12 +161,10 @@ fn finish(
             Some(residual) => {
                 let residual = &residual[index * plane..][..plane];
                 for ((out, y), residual) in out.iter_mut().zip(y).zip(residual) {
-                    *out = (y * scale + shift + residual).max(floor);
+                    *out = at_least(y * scale + shift + residual);
                 }
             }
-            None => {
-                out.iter_mut().zip(y).for_each(|(out, y)| *out = (y * scale + shift).max(floor))
-            }
+            None => out.iter_mut().zip(y).for_each(|(out, y)| *out = at_least(y * scale + shift)),
         }
     }
 }
@@ -377,4 +377,23 @@ fn two_sums_masked(
     let open = |at: usize| if y[at] * scale + shift > 0.0 { grad[at] } else { 0.0 };
     let plain = sum(grad.len(), open);
     (plain, sum(grad.len(), |at| open(at) * (y[at] - mean)) * inverse)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_number_goes_through_the_relu() {
+        let y = [-1.0, f32::NAN, 2.0, f32::INFINITY, f32::NEG_INFINITY, -0.5];
+        let residual = [0.5, 0.0, f32::NAN, 0.0, 0.0, 1.0];
+        let finished = |residual: Option<&[f32]>, relu: bool| {
+            let mut out = [7.0_f32; 6];
+            finish(&mut out, &y, residual, (&[1.0, 1.0], &[0.0, 0.0], 3, relu));
+            out.map(|value| value.to_string())
+        };
+        assert_eq!(finished(None, true), ["0", "NaN", "2", "inf", "0", "0"]);
+        assert_eq!(finished(Some(&residual), true), ["0", "NaN", "NaN", "inf", "0", "0.5"]);
+        assert_eq!(finished(None, false), ["-1", "NaN", "2", "inf", "-inf", "-0.5"]);
+    }
 }

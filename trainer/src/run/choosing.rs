@@ -166,6 +166,7 @@ impl Run<'_> {
             progress.report(&Report { stage, round, done, total, loss: None, accuracy });
         })?;
         let score = choice.as_ref().map(|choice| choice.validation);
+        let score = score.map(|score| score.finite(stage, self.state.ledger.epochs)).transpose()?;
         let line = Line {
             search_levels: Some(levels),
             loss: score.map(|score| score.loss),

@@ -30,6 +30,7 @@ impl Run<'_> {
             let Some(network) = self.state.tuned.get(name) else { continue };
             let policy = self.policy(candidate);
             let score = judge_all(&network.inference(), &policy, &self.data.test, Stats::Stored)?;
+            let score = score.finite(Stage::Test, self.config.finetune.epochs)?;
             self.state.ledger.test.insert(name.clone(), score);
             let line = Line {
                 candidate: Some(name.clone()),

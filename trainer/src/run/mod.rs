@@ -268,6 +268,9 @@ impl<'a> Run<'a> {
                 "{images} training images do not fill one batch of {batch}"
             )));
         }
+        if let Some(left_out) = data.left_out() {
+            progress.warn(&left_out);
+        }
         let device = config.device.open()?.autodiff();
         let last = out.join(CHECKPOINTS).join(LAST);
         let sections = checkpoint::load(&last)?;

@@ -158,8 +158,10 @@ impl Run<'_> {
         };
         let unchanged = estimate(None)?;
         let changed = estimate(Some(rng(self.config.seed, "calibration", 0)))?;
-        let (judged, score) = if changed.1.loss < unchanged.1.loss { changed } else { unchanged };
+        let better = changed.1.loss < unchanged.1.loss || unchanged.1.loss.is_nan();
+        let (judged, score) = if better { changed } else { unchanged };
         let (name, done) = (candidate.name.clone(), self.config.finetune.epochs);
+        let score = score.finite(Stage::Finetune, done)?;
         self.state.tuned.insert(name.clone(), judged.copy());
         self.state.ledger.tuned.insert(name.clone(), done);
         self.state.ledger.validation.insert(name.clone(), score);
@@ -209,5 +211,53 @@ impl Pass<'_> {
             None => "epoch",
             Some(_) => "finetune",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::module::{ModuleMapper, Param};
+    use burn::tensor::Tensor;
+
+    use super::super::folder::LAST;
+    use super::*;
+    use crate::config::Config;
+    use crate::progress::Report;
+
+    /// Makes every weight no number.
+    struct Spoil;
+
+    impl ModuleMapper for Spoil {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            param.map(|weights| weights * f32::NAN)
+        }
+    }
+
+    #[test]
+    fn a_score_that_is_no_number_ends_the_run_before_it_is_saved() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = Config::digits();
+        (config.net.trunk_width, config.net.path_width, config.net.stem_channels) = (4, 2, 4);
+        (config.train.calibration, config.search.steps, config.search.samples) = (64, 1, 2);
+        let mut nobody = |_: &Report| {};
+        let mut run = Run::open(&config, None, (folder.path(), false), &mut nobody).unwrap();
+        let spoiled = run.state.network.inference().map(&mut Spoil);
+        run.state.network = spoiled.copy();
+        for candidate in run.candidates.clone() {
+            run.state.tuned.insert(candidate.name.clone(), spoiled.copy());
+            run.state.ledger.tuned.insert(candidate.name, config.finetune.epochs);
+        }
+        let stages = [run.baseline(), run.finetune()].map(|ended| match ended {
+            Err(TrainError::Diverged { stage, loss, .. }) if loss.is_nan() => Some(stage),
+            _ => None,
+        });
+        assert_eq!(stages, [Some(Stage::Baseline), Some(Stage::Finetune)]);
+        // Judging takes the weights in hand.
+        run.state.tuned.insert("searched".to_owned(), spoiled);
+        let ended = run.test();
+        assert!(matches!(ended, Err(TrainError::Diverged { stage: Stage::Test, .. })), "{ended:?}");
+        let ledger = &run.state.ledger;
+        assert!(ledger.main.random.is_none() && ledger.validation.is_empty());
+        assert!(ledger.test.is_empty() && !folder.path().join(CHECKPOINTS).join(LAST).exists());
     }
 }
