@@ -36,13 +36,17 @@ fn a_fused_model_tells_as_many_digits_right_as_training_did() {
     assert_eq!(by_trainer.correct, by_compiler.correct);
     assert!((by_trainer.loss - by_compiler.loss).abs() < 1e-4);
 
-    // Codes, which only the compiler writes, are worth what training simulates.
+    // Codes are worth what training simulates, whoever of the two writes them.
     for dtype in [Dtype::I8, Dtype::I4] {
         let policy = Policy { dtype, ..policy.clone() };
         let told = classify(&network, &policy, &data.test).unwrap();
         let right = told.iter().zip(data.test.labels()).filter(|(told, label)| told == label);
         let by_compiler = judge_onnx(&fused(&model, &policy), &data.test, 10).unwrap();
         assert_eq!(by_compiler.correct, right.count(), "{dtype}");
+        let exchanging = write_exchanging(&network, &policy, &data).unwrap();
+        let by_trainer = judge_onnx(&exchanging, &data.test, 10).unwrap();
+        assert_eq!(by_trainer.correct, by_compiler.correct, "{dtype}");
+        assert!((by_trainer.loss - by_compiler.loss).abs() < 1e-3, "{dtype}");
     }
 }
 

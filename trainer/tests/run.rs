@@ -118,10 +118,11 @@ fn a_run_leaves_a_model_whose_predictions_are_those_of_training() {
 }
 
 #[test]
-fn a_classifier_of_all_groups_is_exported_as_it_was_trained() {
+fn a_classifier_of_all_groups_under_codes_is_exported_as_it_was_trained() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = tiny();
     config.net.classifier = Classifier::All;
+    config.exchange.dtype = Dtype::I4;
     let outcome = snn_trainer::run(&config, None, folder.path(), false, &mut ()).unwrap();
     let searched = outcome.candidate("searched").unwrap();
     let score = evaluate(folder.path(), None, None).unwrap();
