@@ -1,12 +1,14 @@
 //! The network as ONNX, and back.
 //!
 //! [`write_onnx`] takes a trained network and gives the bytes of a plain ONNX model: the separable
-//! network without any exchange, batch 1, its normalisation and class names in the metadata.
+//! network without any exchange, batch 1, its normalisation and class names in the metadata, its large
+//! weights in either precision.
 //! [`write_exchanging`] writes the same with a policy's exchanges as ordinary ops, so that any
 //! engine can run what training simulated.
 //! [`read_network`] takes such a file and gives the network again, to the bit: exported weights are
 //! named by their place in the network.
 
+mod halves;
 mod rounding;
 
 use std::collections::HashMap;
@@ -16,14 +18,15 @@ use burn::tensor::{Tensor, TensorData};
 use burn_onnx::export::OnnxExporter;
 use bytes::Bytes;
 use snn_schemas::metadata::CLASSES;
-use snn_schemas::onnx::{self, GraphProto, TensorProto};
+use snn_schemas::onnx::{self, GraphProto, ModelProto, TensorProto};
 use snn_schemas::{Dtype, Policy};
 
-use crate::config::Config;
+use crate::config::{Config, Weights};
 use crate::data::Data;
 use crate::error::TrainError;
 use crate::judge::host;
 use crate::net::{Network, Stats};
+pub(crate) use halves::halved;
 use rounding::{Sent, round};
 
 /// Name of the exported model's input.
@@ -31,15 +34,20 @@ const INPUT: &str = "image";
 /// Name of its output.
 const OUTPUT: &str = "logits";
 
-/// The ONNX model of `network`, for images `[1, channels, h, w]` of `data`.
+/// The ONNX model of `network`, for images `[1, channels, h, w]` of `data`, with its large weights rounded
+/// to `weights`.
 ///
 /// # Errors
 /// The exporter meets an operation it does not know.
-pub fn write_onnx(network: &Network, data: &Data) -> Result<Vec<u8>, TrainError> {
-    write(network, data, Network::forward)
+pub fn write_onnx(network: &Network, data: &Data, weights: Weights) -> Result<Vec<u8>, TrainError> {
+    let mut model = write(network, data, Network::forward)?;
+    if let (Some(graph), Weights::F16) = (&mut model.graph, weights) {
+        halves::store(graph)?;
+    }
+    Ok(onnx::encode(&model))
 }
 
-/// The same with the exchanges of `policy` in it: a channel gather, a mask, the ops of how features
+/// The same in f32 with the exchanges of `policy` in it: a channel gather, a mask, the ops of how features
 /// travel and an addition a step.
 ///
 /// # Errors
@@ -59,10 +67,9 @@ pub fn write_exchanging(
     // The exporter knows neither casts between floats nor codes: they are put in where features arrive.
     let mut exact = Policy { dtype: Dtype::F32, ..policy.clone() };
     exact.steps.iter_mut().for_each(|step| step.wire.dtype = None);
-    let bytes = write(network, data, |network, images| {
+    let mut model = write(network, data, |network, images| {
         network.forward_with(images, &exact, Stats::Stored)
     })?;
-    let mut model = onnx::decode(Bytes::from(bytes))?;
     if let Some(graph) = &mut model.graph {
         round(graph, &steps)?;
     }
@@ -73,7 +80,7 @@ fn write(
     network: &Network,
     data: &Data,
     forward: impl FnOnce(&Network, Tensor<4>) -> Tensor<2>,
-) -> Result<Vec<u8>, TrainError> {
+) -> Result<ModelProto, TrainError> {
     let device = host();
     let network = network.inference().to_device(&device).plain();
     let [channels, height, width] = data.test.shape();
@@ -87,7 +94,7 @@ fn write(
         model.set_metadata(&key, &value);
     }
     model.set_metadata(CLASSES, &data.classes.join(","));
-    Ok(onnx::encode(&model))
+    Ok(model)
 }
 
 /// Names ops and tensors after their place in the network: `image`, `blocks.0.reduce.conv`,
@@ -190,7 +197,7 @@ mod tests {
 
     use super::*;
     use crate::engine::answers;
-    use crate::judge::{calibrate, classify, largest};
+    use crate::judge::{calibrate, classify, judge_all, largest};
 
     /// Sums made in another order now and then decide to which code a feature is rounded: of two classes
     /// whose logits are as near as this either may be told.
@@ -238,5 +245,36 @@ mod tests {
             let others = rows.iter().zip(&told).filter(|(row, told)| largest(row) != **told);
             assert!(others.count() * 100 <= rows.len(), "{dtypes:?}");
         }
+    }
+
+    #[test]
+    fn weights_of_half_precision_are_those_of_the_rounded_network() {
+        let (config, data) = small();
+        let silent = config.silent();
+        let network = Network::new(&config.net, 1, &host());
+        calibrate(&network, &silent, &data.train, &config.train, None);
+        let rounded = halved(network.folded());
+        let write = |weights| write_onnx(&rounded, &data, weights).unwrap();
+        let (whole, half) = (write(Weights::F32), write(Weights::F16));
+        let model = onnx::decode(Bytes::from(half.clone())).unwrap();
+        let stored = model.graph.unwrap().initializer;
+        let halves = stored.iter().filter(|tensor| tensor.name().ends_with(".weight"));
+        assert!(halves.clone().all(|tensor| tensor.data_type() == 10));
+        // A stem, three convolutions a block, a shortcut where their width changes, and the classifier.
+        assert_eq!(halves.count(), 1 + 3 * config.net.blocks() + 2 + 1);
+
+        // What is read from either is one network, and what either is told is that network's.
+        let read = |bytes: &[u8]| read_network(bytes.to_vec(), &config).unwrap();
+        let values = |network: &Network| {
+            let (pixels, _) = data.test.batch(&[0, 1, 2, 3], &host());
+            network.forward(pixels).try_into_vec_as::<f32>().unwrap()
+        };
+        assert_eq!(values(&read(&half)), values(&read(&whole)));
+        let score = judge_all(&read(&half), &silent, &data.test, Stats::Stored).unwrap();
+        assert_eq!(score, judge_all(&rounded, &silent, &data.test, Stats::Stored).unwrap());
+        assert_eq!(
+            answers(&half, &data.test, 10).unwrap(),
+            answers(&whole, &data.test, 10).unwrap()
+        );
     }
 }
