@@ -4,7 +4,10 @@ use bytes::Bytes;
 use snn_compiler::{Nodes, Options, PolicySource, Source, compile};
 use snn_schemas::cost::Plan;
 use snn_schemas::{Dtype, Policy};
-use snn_trainer::{Config, Data, classify, judge_onnx, latency, read_network, write_exchanging};
+use snn_trainer::{
+    Config, Data, Weights, classify, judge_onnx, latency, read_network, write_exchanging,
+    write_onnx,
+};
 
 fn model(name: &str) -> Vec<u8> {
     std::fs::read(format!("{}/examples/models/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
@@ -36,14 +39,35 @@ fn a_fused_model_tells_as_many_digits_right_as_training_did() {
     assert_eq!(by_trainer.correct, by_compiler.correct);
     assert!((by_trainer.loss - by_compiler.loss).abs() < 1e-4);
 
-    // Codes, which only the compiler writes, are worth what training simulates.
+    // Codes are worth what training simulates, whoever of the two writes them.
     for dtype in [Dtype::I8, Dtype::I4] {
         let policy = Policy { dtype, ..policy.clone() };
         let told = classify(&network, &policy, &data.test).unwrap();
         let right = told.iter().zip(data.test.labels()).filter(|(told, label)| told == label);
         let by_compiler = judge_onnx(&fused(&model, &policy), &data.test, 10).unwrap();
         assert_eq!(by_compiler.correct, right.count(), "{dtype}");
+        let exchanging = write_exchanging(&network, &policy, &data).unwrap();
+        let by_trainer = judge_onnx(&exchanging, &data.test, 10).unwrap();
+        assert_eq!(by_trainer.correct, by_compiler.correct, "{dtype}");
+        assert!((by_trainer.loss - by_compiler.loss).abs() < 1e-3, "{dtype}");
     }
+}
+
+/// Weights of half precision are widened before groups are looked for.
+#[test]
+fn a_model_of_half_precision_is_split_as_the_network_that_it_stores() {
+    let (model, json) = (model("digits.onnx"), model("digits.json"));
+    let policy = Policy::from_json(&json).unwrap();
+    let config = Config { seed: 2, ..Config::digits() };
+    let data = Data::load(&config, None).unwrap();
+    let network = read_network(model.clone(), &config).unwrap();
+    let half = write_onnx(&network, &data, Weights::F16).unwrap();
+    assert!(half.len() * 3 < model.len() * 2, "{} of {} bytes", half.len(), model.len());
+    let network = read_network(half.clone(), &config).unwrap();
+    let told = classify(&network, &policy, &data.test).unwrap();
+    let right = told.iter().zip(data.test.labels()).filter(|(told, label)| told == label);
+    let by_compiler = judge_onnx(&fused(&half, &policy), &data.test, 10).unwrap();
+    assert_eq!(by_compiler.correct, right.count());
 }
 
 /// The digits travel to the other nodes as their pixels, a byte each.

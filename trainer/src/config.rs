@@ -15,10 +15,12 @@ use crate::device::DeviceName;
 use crate::error::TrainError;
 
 mod error;
+mod export;
 mod net;
 mod stages;
 
 pub use error::ConfigError;
+pub use export::{ExportConfig, Weights};
 pub(crate) use net::STAGES;
 pub use net::{Classifier, Family, NetConfig};
 pub use stages::{Augmentation, Decay, FinetuneConfig, FitConfig, SearchConfig};
@@ -43,6 +45,8 @@ pub struct Config {
     pub search: SearchConfig,
     /// The last stage: each candidate's weights under its policy.
     pub finetune: FinetuneConfig,
+    /// How the model is written.
+    pub export: ExportConfig,
     /// Policies carried to the end, a row of the result each; the first is exported. Without any:
     /// searched, random and silent. Read through [`Config::candidates`].
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -60,7 +64,8 @@ impl Default for Config {
             train: FitConfig::default(),
             search: SearchConfig::default(),
             finetune: FinetuneConfig::default(),
-            candidates: Vec::new(), // what the paper compares: searched, random, silent
+            export: ExportConfig::default(), // as they were trained
+            candidates: Vec::new(),          // what the paper compares: searched, random, silent
         }
     }
 }
@@ -183,6 +188,7 @@ impl Config {
                 ..SearchConfig::default()
             },
             finetune: FinetuneConfig { epochs: 8, lr: 0.02, decay: Decay::Cosine },
+            export: ExportConfig::default(),
             candidates: Vec::new(),
         }
     }

@@ -15,6 +15,22 @@ use crate::judge::{Score, largest};
 /// # Errors
 /// tract cannot read or run it, or its output is not a logit for each of `classes` classes.
 pub fn judge_onnx(bytes: &[u8], images: &Dataset, classes: usize) -> Result<Score, TrainError> {
+    let rows = answers(bytes, images, classes)?;
+    let labelled = || rows.iter().zip(images.labels());
+    let correct = labelled().filter(|(row, label)| largest(row) == **label).count();
+    let loss = labelled().map(|(row, &label)| cross_entropy(row, label)).sum::<f64>();
+    Ok(Score { correct, images: images.len(), loss: loss / images.len().max(1) as f64 })
+}
+
+/// The logits that the model gives each image.
+///
+/// # Errors
+/// As [`judge_onnx`].
+pub(crate) fn answers(
+    bytes: &[u8],
+    images: &Dataset,
+    classes: usize,
+) -> Result<Vec<Vec<f32>>, TrainError> {
     let wrong = |error: TractError| TrainError::Model(one_line(&format!("{error:#}")));
     let [channels, height, width] = images.shape();
     let shape = [1, channels, height, width];
@@ -24,23 +40,20 @@ pub fn judge_onnx(bytes: &[u8], images: &Dataset, classes: usize) -> Result<Scor
         .and_then(InferenceModelExt::into_optimized)
         .and_then(|model| model.into_runnable())
         .map_err(wrong)?;
-    let answer = |index: usize| -> Result<(bool, f64), TrainError> {
+    let answer = |index: usize| -> Result<Vec<f32>, TrainError> {
         let image = Tensor::from_shape(&shape, images.image(index)).map_err(wrong)?;
         let outputs = plan.run(tvec!(image.into())).map_err(wrong)?;
         let logits = outputs[0].to_plain_array_view::<f32>().map_err(wrong)?;
         let logits: Vec<f32> = logits.iter().copied().collect();
-        if logits.len() != classes {
-            let found = logits.len();
-            return Err(TrainError::Model(format!("gives {found} numbers, expected {classes}")));
+        match logits.len() == classes {
+            true => Ok(logits),
+            false => {
+                let found = logits.len();
+                Err(TrainError::Model(format!("gives {found} numbers, expected {classes}")))
+            }
         }
-        let label = images.labels()[index];
-        Ok((largest(&logits) == label, cross_entropy(&logits, label)))
     };
-    let answers: Vec<(bool, f64)> =
-        (0..images.len()).into_par_iter().map(answer).collect::<Result<_, _>>()?;
-    let correct = answers.iter().filter(|answer| answer.0).count();
-    let loss = answers.iter().map(|answer| answer.1).sum::<f64>() / answers.len().max(1) as f64;
-    Ok(Score { correct, images: images.len(), loss })
+    (0..images.len()).into_par_iter().map(answer).collect()
 }
 
 /// −log of the softmax at `label`.

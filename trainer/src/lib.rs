@@ -37,7 +37,7 @@ pub use candidate::{Candidate, Source};
 pub use compare::{Lesson, Sampler, SamplerName, SamplerRng, Trial};
 pub use config::{
     Augmentation, Classifier, Config, ConfigError, DataConfig, DatasetName, Decay, ExchangeConfig,
-    Family, FinetuneConfig, FitConfig, NetConfig, SearchConfig,
+    ExportConfig, Family, FinetuneConfig, FitConfig, NetConfig, SearchConfig, Weights,
 };
 pub use controller::{Controller, Reinforce, Rollout};
 pub use data::{Data, Dataset};

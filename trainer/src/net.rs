@@ -124,6 +124,19 @@ impl Network {
         count.total
     }
 
+    /// Channels, height and width of one group's output of each block, for images of this height and
+    /// width.
+    pub(crate) fn block_shapes(&self, [mut height, mut width]: [usize; 2]) -> Vec<[usize; 3]> {
+        let mut shapes = Vec::with_capacity(self.blocks.len());
+        for block in &self.blocks {
+            let [down, right] = block.spatial.conv.stride;
+            (height, width) = (height.div_ceil(down), width.div_ceil(right));
+            let channels = block.expand.conv.weight.dims()[0] / self.groups;
+            shapes.push([channels, height, width]);
+        }
+        shapes
+    }
+
     /// Where the weights lie.
     pub(crate) fn device(&self) -> Device {
         self.classifier.weight.device()

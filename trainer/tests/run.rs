@@ -7,7 +7,7 @@ use std::process::Command;
 
 use snn_schemas::{Dtype, Policy, onnx};
 use snn_trainer::{
-    Candidate, Classifier, Config, Data, DatasetName, Progress, Report, Source, Stage, TrainError,
+    Candidate, Classifier, Config, Data, DatasetName, ExportConfig, Progress, Report, Source, Stage, TrainError, Weights,
     classify, evaluate, read_network,
 };
 
@@ -118,10 +118,11 @@ fn a_run_leaves_a_model_whose_predictions_are_those_of_training() {
 }
 
 #[test]
-fn a_classifier_of_all_groups_is_exported_as_it_was_trained() {
+fn a_classifier_of_all_groups_under_codes_is_exported_as_it_was_trained() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = tiny();
     config.net.classifier = Classifier::All;
+    config.exchange.dtype = Dtype::I4;
     let outcome = snn_trainer::run(&config, None, folder.path(), false, &mut ()).unwrap();
     let searched = outcome.candidate("searched").unwrap();
     let score = evaluate(folder.path(), None, None).unwrap();
@@ -132,6 +133,30 @@ fn a_classifier_of_all_groups_is_exported_as_it_was_trained() {
     let weights = &model.graph.as_ref().unwrap().initializer;
     let classifier = weights.iter().find(|tensor| tensor.name() == "classifier.weight").unwrap();
     assert_eq!(classifier.dims, [4 * 16, 10]);
+}
+
+#[test]
+fn weights_of_half_precision_are_judged_as_they_are_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = tiny();
+    config.train.epochs = 1;
+    config.search.rounds = 1;
+    config.finetune.epochs = 1;
+    config.export.weights = Weights::F16;
+    let outcome = snn_trainer::run(&config, None, folder.path(), false, &mut ()).unwrap();
+    let searched = outcome.candidate("searched").unwrap();
+    let exported = read_network(read(folder.path(), "model.onnx"), &config).unwrap();
+    let data = Data::load(&config, None).unwrap();
+    let told = classify(&exported, &searched.policy, &data.test).unwrap();
+    assert_eq!(told, classify(&outcome.network, &searched.policy, &data.test).unwrap());
+    let right = told.iter().zip(data.test.labels()).filter(|(told, label)| told == label);
+    assert_eq!(right.count(), searched.test.correct);
+    let score = evaluate(folder.path(), None, None).unwrap();
+    assert_eq!(score.correct, searched.test.correct);
+    // What was judged rounded is not exported otherwise.
+    config.export = ExportConfig::default();
+    let other = snn_trainer::export(&config, None, folder.path(), &mut ()).unwrap_err();
+    assert!(other.to_string().ends_with("was begun with another [export]"), "{other}");
 }
 
 #[test]

@@ -48,7 +48,8 @@ impl Run<'_> {
     pub(super) fn export(&mut self) -> Result<(), TrainError> {
         let Some(first) = self.candidates.first() else { return Ok(()) };
         let Some(network) = self.state.tuned.get(&first.name) else { return Ok(()) };
-        write_whole(&self.folder.join(MODEL), &write_onnx(network, &self.data)?)?;
+        let model = write_onnx(network, &self.data, self.config.export.weights)?;
+        write_whole(&self.folder.join(MODEL), &model)?;
         let judged = self.judged();
         if self.config.net.groups > 1 {
             let provenance = Some(self.provenance(&judged));

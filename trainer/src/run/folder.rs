@@ -85,6 +85,7 @@ pub(super) fn check_same(config: &Config, folder: &Path, state: &State) -> Resul
         ("search", stored.search != config.search && searched),
         ("search.rounds", stored.search.rounds != config.search.rounds),
         ("finetune", stored.finetune != config.finetune && !ledger.tuned.is_empty()),
+        ("export", stored.export != config.export && !ledger.validation.is_empty()),
         ("candidates", ledger.tuned.keys().any(changed)),
     ];
     match table.iter().find(|(_, differs)| started && *differs) {

@@ -9,8 +9,10 @@ use super::Run;
 use super::folder::{BEST, CHECKPOINTS};
 use crate::candidate::{self, Candidate, Source};
 use crate::checkpoint;
+use crate::config::Weights;
 use crate::controller::{policies, random_policies};
 use crate::error::TrainError;
+use crate::export::halved;
 use crate::fit::{self, Epoch};
 use crate::judge::{Score, calibrate, judge_all};
 use crate::metrics::Line;
@@ -152,7 +154,11 @@ impl Run<'_> {
         let estimate = |change| -> Result<(Network, Score), TrainError> {
             let judged = network.inference();
             calibrate(&judged, policy, &self.data.train, &self.config.train, change);
-            let judged = judged.folded();
+            // Rounded before it is judged: what is exported then answers as what was judged.
+            let judged = match self.config.export.weights {
+                Weights::F32 => judged.folded(),
+                Weights::F16 => halved(judged.folded()),
+            };
             let score = judge_all(&judged, policy, &self.data.validation, Stats::Stored)?;
             Ok((judged, score))
         };
