@@ -145,9 +145,9 @@ impl Asked {
     pub(crate) async fn question_bytes(&self) -> usize {
         let bytes = self.question_bytes.get_or_try_init(|| async {
             let key = all_keys(&info_key(&self.split));
-            let answers = ask(&self.session, &key, Bytes::new(), DESCRIBE_WITHIN).await?;
-            let info: ClusterInfo = parse(answers.first().ok_or(AskError::NoEntry)?)?;
-            Ok::<_, AskError>(info.question_bytes())
+            Ok::<_, AskError>(
+                describe(&self.session, &key, DESCRIBE_WITHIN).await?.question_bytes(),
+            )
         });
         bytes.await.copied().unwrap_or(wire::MAX_FRAME)
     }
@@ -204,19 +204,8 @@ impl Client {
             }
             Err(_) => return Err(AskError::NoAnswer { within }),
         };
-        let deadline = Instant::now() + within;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let answers = ask(&session, "snn/*/info/*", Bytes::new(), left).await?;
-            if let Some(json) = answers.into_iter().next() {
-                let info: ClusterInfo = parse(&json)?;
-                return Ok(Client { asked: Asked::new(session, info.split.clone()), info });
-            }
-            if Instant::now() + ASK_AGAIN >= deadline {
-                return Err(AskError::NoEntry);
-            }
-            tokio::time::sleep(ASK_AGAIN).await;
-        }
+        let info = describe(&session, "snn/*/info/*", within).await?;
+        Ok(Client { asked: Asked::new(session, info.split.clone()), info })
     }
 
     /// What the cluster takes and gives.
@@ -453,6 +442,29 @@ pub(crate) async fn ask(
         }
     }
     Ok(answers)
+}
+
+/// What the model takes and gives, as the first says who answers under `key`. It is asked again until somebody
+/// does: a session that has just joined, or that lost its peers for a moment, does not know of everybody yet.
+///
+/// # Errors
+/// [`AskError::NoEntry`] when nobody has answered in time.
+pub(crate) async fn describe(
+    session: &Session,
+    key: &str,
+    within: Duration,
+) -> Result<ClusterInfo, AskError> {
+    let deadline = Instant::now() + within;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if let Some(json) = ask(session, key, Bytes::new(), left).await?.first() {
+            return parse(json);
+        }
+        if Instant::now() + ASK_AGAIN >= deadline {
+            return Err(AskError::NoEntry);
+        }
+        tokio::time::sleep(ASK_AGAIN).await;
+    }
 }
 
 pub(crate) fn parse<T: for<'a> Deserialize<'a>>(json: &Bytes) -> Result<T, AskError> {

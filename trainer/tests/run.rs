@@ -7,8 +7,8 @@ use std::process::Command;
 
 use snn_schemas::{Dtype, Policy, onnx};
 use snn_trainer::{
-    Candidate, Classifier, Config, Data, DatasetName, ExportConfig, Progress, Report, Source, Stage, TrainError, Weights,
-    classify, evaluate, read_network,
+    Candidate, Classifier, Config, Data, DatasetName, ExportConfig, Progress, Report, Source,
+    Stage, TrainError, Weights, classify, evaluate, read_network,
 };
 
 /// Seconds rather than a minute; accuracy is of no interest here.

@@ -14,7 +14,8 @@ use tokio::sync::OnceCell;
 use zenoh::Session;
 
 use crate::client::{
-    self, AskError, Asked, ClusterInfo, Way, all_keys, all_reports_key, ask, info_key, parse,
+    self, AskError, Asked, ClusterInfo, Way, all_keys, all_reports_key, ask, describe, info_key,
+    parse,
 };
 use crate::node::NodeReport;
 use crate::transport::BoxFuture;
@@ -99,9 +100,7 @@ impl ClusterAsker {
     async fn ask_model(&self, within: Duration) -> Result<Arc<ClusterInfo>, Unanswered> {
         let found = self.info.get_or_try_init(|| async {
             let key = all_keys(&info_key(self.asked.split()));
-            let answers = ask(self.asked.session(), &key, Bytes::new(), within).await?;
-            let json = answers.first().ok_or(AskError::NoEntry)?;
-            Ok::<_, AskError>(Arc::new(parse(json)?))
+            Ok::<_, AskError>(Arc::new(describe(self.asked.session(), &key, within).await?))
         });
         Ok(Arc::clone(found.await?))
     }

@@ -36,7 +36,7 @@ use crate::watch::metrics::{self, HttpReport};
 use crate::{Answer, Tensor, watch};
 
 /// How long whoever describes the model may take.
-const MODEL_WITHIN: Duration = Duration::from_secs(1);
+const MODEL_WITHIN: Duration = Duration::from_secs(2);
 /// What is read of a body that nobody wants, so that its sender gets to see why, in bytes.
 const MAX_UNWANTED: usize = 1 << 20;
 /// How long that may take.

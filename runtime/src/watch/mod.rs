@@ -11,12 +11,12 @@ mod events;
 mod histogram;
 pub mod metrics;
 mod recorder;
-mod seldom;
 pub(crate) mod recording;
+mod seldom;
 pub mod trace;
 
 pub use events::{Event, Log};
 pub use histogram::{BOUNDS_MS, Histogram};
 pub use recorder::{Kind, Lane, MAX_SPANS, Recorder, Span};
-pub(crate) use seldom::Seldom;
 pub use recording::Recording;
+pub(crate) use seldom::Seldom;
