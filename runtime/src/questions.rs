@@ -99,7 +99,7 @@ fn read(payload: Option<&ZBytes>, limit: usize) -> Result<Infer, String> {
         let found = payload.len();
         format!("a question of {found} bytes, but the model's inputs take {limit} at most")
     })?;
-    Infer::decode(bytes).map_err(|error| error.to_string())
+    Infer::decode(bytes, limit).map_err(|error| error.to_string())
 }
 
 #[cfg(test)]
@@ -112,7 +112,7 @@ mod tests {
     fn a_question_that_is_larger_than_the_inputs_need_is_refused_unread() {
         let inputs = vec![Tensor::new(vec![1, 2], vec![1.0, 2.0]).unwrap()];
         let question = Infer { within: Duration::from_secs(1), inputs };
-        let payload = ZBytes::from(question.encode());
+        let payload = ZBytes::from(question.encode(None));
         let limit = Infer::most_bytes([2]);
         assert_eq!(read(Some(&payload), limit), Ok(question));
         // It is no question either: its size alone counts.

@@ -8,12 +8,14 @@
 //! |---|---|---|
 //! | 1 | [`TensorFrame`] | dtype `u8` (+ 128: degraded), sender `u16`, request `u64`, transfer `u32`, within `u32` ms, then the [payload](crate::codec) |
 //! | 2 | [`Cancel`] | flags `u8` (1: run again), sender `u16`, request `u64`, then the reason, UTF-8 |
-//! | 3 | [`Infer`] | zero `u8`, zero `u16`, within `u32` ms, then tensors |
+//! | 3 | [`Infer`] | form `u8`, zero `u16`, within `u32` ms, then tensors (form 0) or a picture (form 1) |
 //! | 4 | [`Reply::Answer`] | zero `u8`, flags `u16` (1: degraded), then tensors |
 //! | 5 | [`Reply::Failure`] | zero `u8`, zero `u16`, then the reason, UTF-8 |
 //! | 6 | [`Reply::Working`] | zero `u8`, zero `u16` |
 //!
-//! Tensors: their number `u16`, then each as rank `u16`, extents `u32`, elements `f32`.
+//! Tensors: their number `u16`, then each as rank `u16`, extents `u32`, elements `f32`. A picture: channels
+//! `u16`, the mean and then the standard deviation of each `f32`, rank `u16`, extents `u32`, pixels `u8`:
+//! a quarter of its bytes, and the same numbers bit by bit.
 //!
 //! Any bytes at all give a frame or an error of one sentence: no panic, and nothing is allocated
 //! that the bytes at hand do not justify. Payloads are slices of the bytes that arrived.
@@ -22,6 +24,8 @@ use std::time::Duration;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 
+use crate::codec::Pixels;
+use crate::metadata::Normalisation;
 use crate::policy::Dtype;
 
 /// Largest frame accepted, in bytes: bounds memory before a peer is trusted. A feature map of a
@@ -33,6 +37,8 @@ pub const TENSOR_HEADER: usize = 24;
 pub const MAX_REASON: usize = 1024;
 /// Most tensors a question or an answer carries: models with more inputs are none of ours.
 pub const MAX_TENSORS: usize = 64;
+/// Most channels of a picture that travels as its pixels.
+pub const MAX_CHANNELS: usize = 16;
 /// Most axes of a tensor.
 pub const MAX_RANK: usize = 8;
 
@@ -47,6 +53,8 @@ const WORKING: u8 = 6;
 const PREFIX: usize = 8;
 /// Bytes a [`Cancel`] has beside its reason.
 const CANCEL_HEADER: usize = PREFIX + 8;
+/// Form of a question that is a picture.
+const PICTURE: u8 = 1;
 /// Flag of a request that may be run again.
 const AGAIN: u8 = 1;
 /// Flag of an answer that went on without some of its tensors.
@@ -112,22 +120,23 @@ pub struct TensorFrame {
 }
 
 impl TensorFrame {
-    /// The beginning of a frame; the caller appends exactly `payload` bytes of elements.
+    /// Begins a frame in `frame`, which is empty; the caller appends `payload` bytes of elements at most.
     ///
-    /// So features are encoded straight into the frame that leaves.
+    /// So features are encoded straight into the frame that leaves, and into memory of one that has left:
+    /// [`BytesMut::reserve`] takes it back once nobody holds what was split off.
     pub fn begin(
+        frame: &mut BytesMut,
         dtype: Dtype,
         from: u16,
         request: u64,
         (transfer, within): (u32, Duration),
         payload: usize,
-    ) -> BytesMut {
-        let mut frame = BytesMut::with_capacity(TENSOR_HEADER + payload);
-        prefix(&mut frame, TENSOR, dtype_code(dtype), from);
+    ) {
+        frame.reserve(TENSOR_HEADER + payload);
+        prefix(frame, TENSOR, dtype_code(dtype), from);
         frame.put_u64_le(request);
         frame.put_u32_le(transfer);
         frame.put_u32_le(milliseconds(within));
-        frame
     }
 
     /// Marks the frame that begins in `frame` as computed without all that was sent.
@@ -141,7 +150,8 @@ impl TensorFrame {
     pub fn encode(&self) -> Bytes {
         let about = (self.transfer, self.within);
         let payload = self.payload.len();
-        let mut frame = TensorFrame::begin(self.dtype, self.from, self.request, about, payload);
+        let mut frame = BytesMut::new();
+        TensorFrame::begin(&mut frame, self.dtype, self.from, self.request, about, payload);
         frame.extend_from_slice(&self.payload);
         if self.degraded {
             TensorFrame::mark_degraded(&mut frame);
@@ -227,13 +237,36 @@ pub struct Infer {
 }
 
 impl Infer {
-    /// The whole frame.
-    pub fn encode(&self) -> Bytes {
-        let mut frame = BytesMut::with_capacity(PREFIX + 4 + tensors_size(&self.inputs));
-        prefix(&mut frame, INFER, 0, 0);
+    /// The whole frame. An input that is a picture, and the only one, travels as its `pixels`.
+    pub fn encode(&self, pixels: Option<&Pixels>) -> Bytes {
+        let picture = match (self.inputs.as_slice(), pixels) {
+            ([picture], Some(pixels)) => self.encode_picture(picture, pixels),
+            _ => None,
+        };
+        picture.unwrap_or_else(|| {
+            let mut frame = BytesMut::with_capacity(PREFIX + 4 + tensors_size(&self.inputs));
+            prefix(&mut frame, INFER, 0, 0);
+            frame.put_u32_le(milliseconds(self.within));
+            put_tensors(&mut frame, &self.inputs);
+            frame.freeze()
+        })
+    }
+
+    /// The frame of a picture; none where the input is not made of pixels.
+    fn encode_picture(&self, picture: &Tensor, pixels: &Pixels) -> Option<Bytes> {
+        let Normalisation { mean, std } = pixels.normalisation();
+        if mean.len() > MAX_CHANNELS {
+            return None;
+        }
+        let head = PREFIX + 4 + 2 + 8 * mean.len() + 2 + 4 * picture.shape.len();
+        let mut frame = BytesMut::with_capacity(head + picture.data.len());
+        prefix(&mut frame, INFER, PICTURE, 0);
         frame.put_u32_le(milliseconds(self.within));
-        put_tensors(&mut frame, &self.inputs);
-        frame.freeze()
+        frame.put_u16_le(mean.len() as u16);
+        mean.iter().chain(std).for_each(|number| frame.put_f32_le(*number));
+        put_shape(&mut frame, &picture.shape);
+        let found = pixels.put_pixels(&picture.data, &picture.shape, &mut frame);
+        found.then(|| frame.freeze())
     }
 
     /// Most bytes of a question whose inputs have so many elements each, whatever their axes.
@@ -243,17 +276,25 @@ impl Infer {
         tensors.saturating_add(PREFIX + 4 + 2).min(MAX_FRAME)
     }
 
-    /// Reads a question.
+    /// Reads a question, which may take `most` bytes: as it is, and as numbers.
     ///
     /// # Errors
     /// What the bytes are instead.
-    pub fn decode(bytes: Bytes) -> Result<Infer, WireError> {
-        let (kind, ..) = read_prefix(&bytes)?;
+    pub fn decode(bytes: Bytes, most: usize) -> Result<Infer, WireError> {
+        let (kind, form, _) = read_prefix(&bytes)?;
         if kind != INFER {
             return Err(WireError::Kind { found: kind });
         }
+        if bytes.len() > most {
+            return Err(WireError::TooLarge { bytes: bytes.len() });
+        }
         let within = Duration::from_millis(u32_at(&bytes, PREFIX)?.into());
-        let inputs = read_tensors(&bytes[PREFIX + 4..])?;
+        let body = &bytes[PREFIX + 4..];
+        let inputs = match form {
+            0 => read_tensors(body)?,
+            PICTURE => vec![read_picture(body, most)?],
+            found => return Err(WireError::Form { found }),
+        };
         Ok(Infer { within, inputs })
     }
 }
@@ -408,10 +449,7 @@ fn tensors_size(tensors: &[Tensor]) -> usize {
 fn put_tensors(frame: &mut BytesMut, tensors: &[Tensor]) {
     frame.put_u16_le(u16::try_from(tensors.len()).unwrap_or(u16::MAX));
     for tensor in tensors {
-        frame.put_u16_le(u16::try_from(tensor.shape.len()).unwrap_or(u16::MAX));
-        for &extent in &tensor.shape {
-            frame.put_u32_le(u32::try_from(extent).unwrap_or(u32::MAX));
-        }
+        put_shape(frame, &tensor.shape);
         // Bytes of several at a time: one by one each would ask for room.
         for elements in tensor.data.chunks(64) {
             let mut bytes = [[0; 4]; 64];
@@ -423,6 +461,56 @@ fn put_tensors(frame: &mut BytesMut, tensors: &[Tensor]) {
     }
 }
 
+fn put_shape(frame: &mut BytesMut, shape: &[usize]) {
+    frame.put_u16_le(u16::try_from(shape.len()).unwrap_or(u16::MAX));
+    for &extent in shape {
+        frame.put_u32_le(u32::try_from(extent).unwrap_or(u32::MAX));
+    }
+}
+
+/// The shape that begins at `at`, its elements, and where it ends.
+fn read_shape(bytes: &[u8], mut at: usize) -> Result<(Vec<usize>, usize, usize), WireError> {
+    let rank = usize::from(u16_at(bytes, at)?);
+    at += 2;
+    if rank > MAX_RANK {
+        return Err(WireError::Rank { found: rank });
+    }
+    let mut shape = Vec::with_capacity(rank);
+    for _ in 0..rank {
+        shape.push(u32_at(bytes, at)? as usize);
+        at += 4;
+    }
+    let elements = shape.iter().try_fold(1usize, |n, &extent| n.checked_mul(extent));
+    Ok((shape, elements.ok_or(WireError::CutShort)?, at))
+}
+
+/// Reads a picture that takes `most` bytes at most as numbers.
+fn read_picture(bytes: &[u8], most: usize) -> Result<Tensor, WireError> {
+    let channels = usize::from(u16_at(bytes, 0)?);
+    if channels > MAX_CHANNELS {
+        return Err(WireError::Channels { found: channels });
+    }
+    let end = 2 + 8 * channels;
+    let numbers = bytes.get(2..end).ok_or(WireError::CutShort)?;
+    let mut numbers = numbers.as_chunks().0.iter().map(|&chunk| f32::from_le_bytes(chunk));
+    let mean: Vec<f32> = numbers.by_ref().take(channels).collect();
+    let normalisation = Normalisation { mean, std: numbers.collect() };
+    let (shape, elements, at) = read_shape(bytes, end)?;
+    let pixels = &bytes[at..];
+    if pixels.len() < elements || (channels == 0 && elements > 0) {
+        return Err(WireError::CutShort);
+    }
+    if pixels.len() > elements {
+        return Err(WireError::Trailing { bytes: pixels.len() - elements });
+    }
+    if elements.saturating_mul(4) > most {
+        return Err(WireError::TooLarge { bytes: elements.saturating_mul(4) });
+    }
+    let mut data = vec![0.0; elements];
+    Pixels::new(normalisation).read_pixels(pixels, &shape, &mut data);
+    Ok(Tensor { shape, data })
+}
+
 fn read_tensors(bytes: &[u8]) -> Result<Vec<Tensor>, WireError> {
     let count = usize::from(u16_at(bytes, 0)?);
     if count > MAX_TENSORS {
@@ -431,18 +519,9 @@ fn read_tensors(bytes: &[u8]) -> Result<Vec<Tensor>, WireError> {
     let mut at = 2;
     let mut tensors = Vec::with_capacity(count);
     for _ in 0..count {
-        let rank = usize::from(u16_at(bytes, at)?);
-        at += 2;
-        if rank > MAX_RANK {
-            return Err(WireError::Rank { found: rank });
-        }
-        let mut shape = Vec::with_capacity(rank);
-        for _ in 0..rank {
-            shape.push(u32_at(bytes, at)? as usize);
-            at += 4;
-        }
-        let elements = shape.iter().try_fold(1usize, |n, &extent| n.checked_mul(extent));
-        let size = elements.and_then(|n| n.checked_mul(4)).ok_or(WireError::CutShort)?;
+        let (shape, elements, begin) = read_shape(bytes, at)?;
+        at = begin;
+        let size = elements.checked_mul(4).ok_or(WireError::CutShort)?;
         let end = at.checked_add(size).ok_or(WireError::CutShort)?;
         let raw = bytes.get(at..end).ok_or(WireError::CutShort)?;
         let data = raw.as_chunks().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect();
@@ -495,6 +574,18 @@ pub enum WireError {
         /// Its number.
         found: u8,
     },
+    /// A form that does not exist.
+    #[error("question of the unknown form {found}")]
+    Form {
+        /// Its number.
+        found: u8,
+    },
+    /// A picture of more than [`MAX_CHANNELS`] channels.
+    #[error("picture of {found} channels, expected at most {MAX_CHANNELS}")]
+    Channels {
+        /// How many.
+        found: usize,
+    },
     /// More than [`MAX_TENSORS`] tensors.
     #[error("{found} tensors, expected at most {MAX_TENSORS}")]
     Tensors {
@@ -518,143 +609,4 @@ pub enum WireError {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn hex(bytes: &[u8]) -> String {
-        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-    }
-
-    fn tensor_frame() -> TensorFrame {
-        TensorFrame {
-            dtype: Dtype::F16,
-            from: 2,
-            request: 0x0102_0304_0506_0708,
-            transfer: 7,
-            within: Duration::from_millis(2000),
-            degraded: false,
-            payload: Bytes::from_static(&[0x00, 0x3c, 0x00, 0xc0]),
-        }
-    }
-
-    #[test]
-    fn the_bytes_of_each_kind_are_these() {
-        let tensor = tensor_frame().encode();
-        assert_eq!(
-            hex(&tensor),
-            "534e4e01010102000807060504030201".to_owned() + "07000000d0070000003c00c0"
-        );
-        assert_eq!(tensor.len(), TENSOR_HEADER + 4);
-        let degraded = TensorFrame { degraded: true, ..tensor_frame() }.encode();
-        assert_eq!(hex(&degraded[..8]), "534e4e0101810200");
-        let cancel = Cancel { from: 1, request: 9, again: true, reason: "no".into() }.encode();
-        assert_eq!(hex(&cancel), "534e4e010201010009000000000000006e6f");
-        let one = Tensor::new(vec![1, 2], vec![1.0, -2.0]).unwrap();
-        let infer = Infer { within: Duration::from_secs(1), inputs: vec![one.clone()] }.encode();
-        assert_eq!(
-            hex(&infer),
-            "534e4e0103000000e803000001000200010000000200000000".to_owned() + "00803f000000c0"
-        );
-        let answer = Reply::Answer(Answer { outputs: vec![one], degraded: true }).encode();
-        assert_eq!(
-            hex(&answer),
-            "534e4e010400010001000200010000000200000000".to_owned() + "00803f000000c0"
-        );
-        let failure = Reply::Failure("late".into()).encode();
-        assert_eq!(hex(&failure), "534e4e01050000006c617465");
-        let working = Reply::Working.encode();
-        assert_eq!(hex(&working), "534e4e0106000000");
-        assert_eq!(Reply::decode(working), Ok(Reply::Working));
-    }
-
-    #[test]
-    fn foreign_bytes_are_named() {
-        let frame = |bytes: &[u8]| Frame::decode(Bytes::copy_from_slice(bytes)).unwrap_err();
-        assert_eq!(frame(b"").to_string(), "not a frame");
-        assert_eq!(frame(b"GET / HTTP/1.1").to_string(), "not a frame");
-        assert_eq!(frame(b"SNN\x02\x01").to_string(), "frame of version 2, expected 1");
-        assert_eq!(frame(b"SNN\x01\x09\0\0\0").to_string(), "frame of the unknown kind 9");
-        assert_eq!(frame(b"SNN\x01\x01\x07\0\0").to_string(), "frame of the unknown dtype 7");
-        assert_eq!(frame(b"SNN\x01\x01").to_string(), "frame cut short");
-        let whole = tensor_frame().encode();
-        assert_eq!(frame(&whole[..TENSOR_HEADER - 1]).to_string(), "frame cut short");
-    }
-
-    #[test]
-    fn a_shape_that_asks_for_the_whole_memory_is_cut_short() {
-        let mut bytes = BytesMut::new();
-        prefix(&mut bytes, ANSWER, 0, 0);
-        bytes.put_u16_le(1);
-        bytes.put_u16_le(2);
-        bytes.put_u32_le(u32::MAX);
-        bytes.put_u32_le(u32::MAX);
-        assert_eq!(Reply::decode(bytes.freeze()), Err(WireError::CutShort));
-    }
-
-    #[test]
-    fn no_question_is_larger_than_its_inputs_need() {
-        let one = Tensor::new(vec![1; MAX_RANK], vec![1.0]).unwrap();
-        let six = Tensor::new(vec![2, 3], vec![1.0; 6]).unwrap();
-        let question = |inputs| Infer { within: Duration::ZERO, inputs }.encode().len();
-        assert_eq!(question(vec![one.clone()]), Infer::most_bytes([1]));
-        assert_eq!(question(vec![]), Infer::most_bytes([]));
-        assert!(question(vec![one, six]) < Infer::most_bytes([1, 6]));
-        assert_eq!(Infer::most_bytes([usize::MAX, usize::MAX]), MAX_FRAME);
-    }
-
-    #[test]
-    fn a_long_reason_is_cut_at_a_character() {
-        let reason = "ä".repeat(MAX_REASON);
-        let bytes = Reply::Failure(reason).encode();
-        let Ok(Reply::Failure(read)) = Reply::decode(bytes) else { panic!("no failure") };
-        assert_eq!(read, "ä".repeat(MAX_REASON / 2));
-    }
-
-    fn tensors() -> impl Strategy<Value = Vec<Tensor>> {
-        let tensor = proptest::collection::vec(0usize..4, 0..4).prop_flat_map(|shape| {
-            let elements = shape.iter().product::<usize>();
-            proptest::collection::vec(-1e6f32..1e6, elements)
-                .prop_map(move |data| Tensor { shape: shape.clone(), data })
-        });
-        proptest::collection::vec(tensor, 0..4)
-    }
-
-    proptest! {
-        #[test]
-        fn frames_read_back(
-            from: u16, request: u64, transfer: u32, ms: u32, degraded: bool,
-            payload in proptest::collection::vec(any::<u8>(), 0..64),
-        ) {
-            let payload = Bytes::from(payload);
-            let within = Duration::from_millis(ms.into());
-            let frame = TensorFrame { dtype: Dtype::F32, from, request, transfer, within, degraded, payload };
-            prop_assert_eq!(Frame::decode(frame.encode()).unwrap(), Frame::Tensor(frame));
-            let again = ms % 2 == 0;
-            let cancel = Cancel { from, request, again, reason: format!("{transfer}") };
-            prop_assert_eq!(Frame::decode(cancel.encode()).unwrap(), Frame::Cancel(cancel));
-        }
-
-        #[test]
-        fn questions_and_answers_read_back(tensors in tensors(), ms: u32, degraded: bool) {
-            let infer = Infer { within: Duration::from_millis(ms.into()), inputs: tensors.clone() };
-            prop_assert_eq!(Infer::decode(infer.encode()).unwrap(), infer);
-            let reply = Reply::Answer(Answer { outputs: tensors, degraded });
-            prop_assert_eq!(Reply::decode(reply.encode()).unwrap(), reply);
-        }
-
-        #[test]
-        fn any_bytes_give_a_frame_or_an_error(
-            kind in 0u8..8,
-            bytes in proptest::collection::vec(any::<u8>(), 0..200),
-        ) {
-            let mut frame = MAGIC.to_vec();
-            frame.push(kind);
-            frame.extend(bytes);
-            let frame = Bytes::from(frame);
-            let _ = Frame::decode(frame.clone());
-            let _ = Infer::decode(frame.clone());
-            let _ = Reply::decode(frame);
-        }
-    }
-}
+mod tests;

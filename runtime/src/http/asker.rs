@@ -10,13 +10,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use snn_schemas::metadata::ShardInfo;
-use tokio::sync::OnceCell;
 use zenoh::Session;
 
-use crate::client::{
-    self, AskError, Asked, ClusterInfo, Way, all_keys, all_reports_key, ask, describe, info_key,
-    parse,
-};
+use crate::client::{self, AskError, Asked, ClusterInfo, Way, all_reports_key, ask, parse};
 use crate::node::NodeReport;
 use crate::transport::BoxFuture;
 use crate::watch::Event;
@@ -87,22 +83,13 @@ pub struct ClusterAsker {
     asked: Asked,
     nodes: usize,
     own: TellOwn,
-    info: OnceCell<Arc<ClusterInfo>>,
 }
 
 impl ClusterAsker {
     /// The way to the cluster of `info`, over the session of a process that `own` tells of.
     pub(crate) fn new(session: Session, info: &ShardInfo, own: TellOwn) -> ClusterAsker {
         let asked = Asked::new(session, info.split.clone());
-        ClusterAsker { asked, nodes: info.nodes, own, info: OnceCell::new() }
-    }
-
-    async fn ask_model(&self, within: Duration) -> Result<Arc<ClusterInfo>, Unanswered> {
-        let found = self.info.get_or_try_init(|| async {
-            let key = all_keys(&info_key(self.asked.split()));
-            Ok::<_, AskError>(Arc::new(describe(self.asked.session(), &key, within).await?))
-        });
-        Ok(Arc::clone(found.await?))
+        ClusterAsker { asked, nodes: info.nodes, own }
     }
 
     async fn ask_reports(&self) -> Vec<NodeReport> {
@@ -118,7 +105,7 @@ impl ClusterAsker {
 
 impl Asker for ClusterAsker {
     fn model(&self, within: Duration) -> BoxFuture<'_, Result<Arc<ClusterInfo>, Unanswered>> {
-        Box::pin(self.ask_model(within))
+        Box::pin(async move { Ok(self.asked.info(within).await?) })
     }
 
     fn infer(

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use snn_schemas::codec::Pixels;
 use snn_schemas::metadata::ShardInfo;
 use snn_schemas::wire::{Cancel, TensorFrame};
@@ -71,23 +71,24 @@ pub(super) struct Departure {
 }
 
 impl Features {
-    /// The frame. Its span ends before it leaves, so that it arrives later.
-    fn encode(&self, core: &Core) -> Result<Bytes, String> {
+    /// The frame, in `room`. Its span ends before it leaves, so that it arrives later.
+    fn encode(&self, core: &Core, room: &mut BytesMut) -> Result<Bytes, String> {
+        room.clear();
         let Departure { crossing, pixels, place } = &*self.departure;
         let start = Instant::now();
         let within = self.deadline.saturating_duration_since(start);
         let about = (crossing.transfer, within);
         let (rank, dtype) = (core.identity.rank as u16, crossing.codec.dtype);
-        let mut frame = TensorFrame::begin(dtype, rank, self.request, about, crossing.bytes);
+        TensorFrame::begin(room, dtype, rank, self.request, about, crossing.bytes);
         match pixels {
-            None => self.tensor.put(crossing.codec, &mut frame)?,
-            Some(pixels) => pixels.put(self.tensor.numbers()?, &crossing.shape, &mut frame),
+            None => self.tensor.put(crossing.codec, room)?,
+            Some(pixels) => pixels.put(self.tensor.numbers()?, &crossing.shape, room),
         }
         if self.degraded {
-            TensorFrame::mark_degraded(&mut frame);
+            TensorFrame::mark_degraded(room);
         }
         core.recorder.span(Kind::Encode, crossing.transfer, self.request, start);
-        let bytes = frame.len() as u64;
+        let bytes = room.len() as u64;
         let mut report = lock(&core.report);
         report.codec_ms += milliseconds(start.elapsed());
         report.bytes_sent += bytes;
@@ -96,7 +97,7 @@ impl Features {
             send.bytes += bytes;
             send.frames += 1;
         }
-        Ok(frame.freeze())
+        Ok(room.split().freeze())
     }
 }
 
@@ -143,6 +144,8 @@ pub(super) async fn send_all(
     let mut missing = core.missing.subscribe();
     // While nobody comes, one frame has waited, and those behind it need not as well.
     let mut given_up = false;
+    // Of a frame that has left: the next one is encoded where it was.
+    let mut room = BytesMut::new();
     while let Some(next) = leaving.recv().await {
         // Others may have heard earlier than we that somebody stands in for the peer.
         let there = missing.wait_for(|missing| !missing.contains(&peer));
@@ -155,7 +158,7 @@ pub(super) async fn send_all(
         }
         let frame = match next {
             Leaving::Frame(frame, _) => frame,
-            Leaving::Features(features) => match features.encode(&core) {
+            Leaving::Features(features) => match features.encode(&core, &mut room) {
                 Ok(frame) => frame,
                 Err(reason) => {
                     let transfer = features.departure.crossing.transfer;

@@ -35,22 +35,47 @@ impl Pixels {
         Pixels { values: values.collect(), normalisation }
     }
 
+    /// How the model's input is made of them.
+    pub fn normalisation(&self) -> &Normalisation {
+        &self.normalisation
+    }
+
     /// Appends the payload of a tensor `[images, channels, …]`.
     pub fn put(&self, numbers: &[f32], shape: &[usize], payload: &mut BytesMut) {
         let start = payload.len();
         payload.put_u8(PIXELS);
-        payload.put_bytes(0, numbers.len());
-        let pixels = &mut payload[start + 1..];
-        let size = plane(shape);
-        let mut planes = numbers.chunks(size).zip(pixels.chunks_mut(size)).enumerate();
-        let channels = self.values.len().max(1);
-        if planes.all(|(at, (from, to))| self.find(at % channels, from, to)) {
+        if self.put_pixels(numbers, shape, payload) {
             return;
         }
         payload.truncate(start);
         payload.put_u8(ALL);
         payload.reserve(4 * numbers.len());
         numbers.iter().for_each(|number| payload.put_f32_le(*number));
+    }
+
+    /// Appends the pixels of a tensor `[images, channels, …]`, a byte each; nothing, and false, where a number
+    /// is the value of none.
+    pub fn put_pixels(&self, numbers: &[f32], shape: &[usize], bytes: &mut BytesMut) -> bool {
+        let start = bytes.len();
+        bytes.put_bytes(0, numbers.len());
+        let pixels = &mut bytes[start..];
+        let size = plane(shape);
+        let mut planes = numbers.chunks(size).zip(pixels.chunks_mut(size)).enumerate();
+        let channels = self.values.len().max(1);
+        let found = planes.all(|(at, (from, to))| self.find(at % channels, from, to));
+        if !found {
+            bytes.truncate(start);
+        }
+        found
+    }
+
+    /// The values of pixels, as many as `numbers`, which is a tensor `[images, channels, …]`.
+    pub fn read_pixels(&self, pixels: &[u8], shape: &[usize], numbers: &mut [f32]) {
+        let size = plane(shape);
+        let planes = numbers.chunks_mut(size).zip(pixels.chunks(size));
+        for ((to, from), values) in planes.zip(self.values.iter().cycle()) {
+            to.iter_mut().zip(from).for_each(|(to, &pixel)| *to = values[usize::from(pixel)]);
+        }
     }
 
     /// The pixels of a plane; false where a number is the value of none.
@@ -84,11 +109,7 @@ impl Pixels {
             }
             return Ok(());
         }
-        let (size, channels) = (plane(shape), self.values.len().max(1));
-        for (at, (to, from)) in numbers.chunks_mut(size).zip(body.chunks(size)).enumerate() {
-            let values = self.values.get(at % channels).ok_or(CodecError::CutShort)?;
-            to.iter_mut().zip(from).for_each(|(to, &pixel)| *to = values[usize::from(pixel)]);
-        }
+        self.read_pixels(body, shape, numbers);
         Ok(())
     }
 }

@@ -1,13 +1,15 @@
 //! Images in folders: `train/CLASS/*.png|jpg` and `test/CLASS/*.png|jpg`.
 //!
 //! Classes are the folders' names in order, images the files' names in order, so that the same
-//! folders give the same data. Files are decoded side by side. One that cannot be decoded, or is of
-//! another size, is left out and named; more than one in a hundred is an error, and so is a class
-//! whose name has a comma, which separates names in a model's metadata.
+//! folders give the same data. Files are decoded side by side, and scaled to the network's size as
+//! `snn-run` scales what it is asked about. One that cannot be decoded is left out and named; more than
+//! one in a hundred is an error, and so is a class whose name has a comma, which separates names in a
+//! model's metadata.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use image::imageops::FilterType;
 use rayon::prelude::*;
 
 use super::{Parts, Raw};
@@ -94,10 +96,11 @@ fn part(
 /// Pixels in the order `[channel, row, column]`.
 fn decode(path: &Path, [channels, height, width]: [usize; 3]) -> Result<Vec<u8>, String> {
     let image = image::open(path).map_err(|error| error.to_string())?;
-    let (found_height, found_width) = (image.height() as usize, image.width() as usize);
-    if (found_height, found_width) != (height, width) {
-        return Err(format!("is {found_height}×{found_width}, net.input is {height}×{width}"));
-    }
+    let (width, height) = (width as u32, height as u32);
+    let image = match (image.width(), image.height()) == (width, height) {
+        true => image,
+        false => image.resize_exact(width, height, FilterType::Triangle),
+    };
     let mixed = match channels {
         1 => image.into_luma8().into_raw(),
         _ => image.into_rgb8().into_raw(),
@@ -133,6 +136,22 @@ mod tests {
     }
 
     #[test]
+    fn images_are_scaled_to_the_size_of_the_network() {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), "train/a/0.png", 7, [10, 20, 30]);
+        write(folder.path(), "test/a/0.png", 2, [1, 2, 3]);
+        let halves =
+            image::RgbImage::from_fn(8, 4, |x, _| image::Rgb([if x < 4 { 0 } else { 200 }; 3]));
+        halves.save(folder.path().join("test/a/1.png")).unwrap();
+        let parts = load(folder.path(), [3, 2, 2]).unwrap();
+        assert_eq!(parts.train.pixels, [10, 10, 10, 10, 20, 20, 20, 20, 30, 30, 30, 30]);
+        assert_eq!(parts.test.pixels[..12], [1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]);
+        // A row of the first channel: dark, then light.
+        let row = &parts.test.pixels[12..14];
+        assert!(row[0] < 30 && row[1] > 170, "{row:?}");
+    }
+
+    #[test]
     fn a_class_with_a_comma_in_its_name_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         write(folder.path(), "train/cat, wild/0.png", 1, [1, 1, 1]);
@@ -153,7 +172,7 @@ mod tests {
         let parts = load(folder.path(), [3, 1, 1]).unwrap();
         assert_eq!((parts.train.labels.len(), parts.skipped.len()), (100, 1));
         assert!(parts.skipped[0].contains("broken.png: "), "{}", parts.skipped[0]);
-        write(folder.path(), "test/a/large.png", 3, [1, 1, 1]);
+        fs::write(folder.path().join("test/a/empty.jpg"), "").unwrap();
         let error = load(folder.path(), [3, 1, 1]).err().unwrap().to_string();
         assert!(error.contains("2 of 103 images cannot be used"), "{error}");
         fs::create_dir(folder.path().join("train/b")).unwrap();
