@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crate::agents::get;
 use crate::cluster::PATIENCE;
 use crate::devices::{Devices, net, policy_of};
-use crate::{Nodes, folder};
+use crate::{Nodes, folder, not_tested};
 
 /// What Chromium may be called.
 const BROWSERS: [&str; 3] = ["chromium", "chromium-browser", "google-chrome"];
@@ -75,7 +75,7 @@ fn wait_to_see(browser: &str, address: SocketAddr, texts: &[&str]) {
 async fn a_browser_shows_the_nodes_a_death_and_its_takeover() {
     let found = BROWSERS.into_iter().find(|name| runs(Command::new(name).arg("--version")));
     let Some(browser) = found else {
-        eprintln!("not run: needs Chromium");
+        not_tested("the page in a browser", "needs Chromium");
         return;
     };
     let (mut devices, http) = start().await;
@@ -89,7 +89,7 @@ async fn tritons_client_is_answered_by_any_node() {
     let python = std::env::var_os("SNN_PYTHON").unwrap_or_else(|| "python3".into());
     let import = ["-c", "import tritonclient.http"];
     if !runs(Command::new(&python).args(import)) {
-        eprintln!("not run: needs a Python with tritonclient[http] (SNN_PYTHON)");
+        not_tested("Triton's client", "needs a Python with tritonclient[http] (SNN_PYTHON)");
         return;
     }
     let (_devices, http) = start().await;

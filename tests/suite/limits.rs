@@ -20,7 +20,7 @@ use crate::http::{
 use crate::https::question;
 use crate::processes::NodeProcess;
 use crate::site;
-use crate::{assert_close, folder, image, reference, ring};
+use crate::{assert_close, folder, image, not_tested, reference, ring};
 
 /// Malformed requests before a node's memory is measured: it has its buffers and threads by then.
 const BEFORE: usize = 400;
@@ -51,8 +51,7 @@ fn malformed_requests_cost_a_node_no_memory() {
     let body = question(&net, 0);
     let mut statuses = send_malformed(address, &body, 0..BEFORE);
     let Some(before) = memory(node.id()) else {
-        // Not with eprintln!, which is shown only for tests that fail.
-        let _ = writeln!(std::io::stderr(), "no /proc/PID/status, memory of a node not tested");
+        not_tested("memory of a node", "no /proc/PID/status");
         return;
     };
     statuses.extend(send_malformed(address, &body, BEFORE..BEFORE + MALFORMED));

@@ -37,6 +37,7 @@ mod traces;
 mod trained;
 mod trust;
 
+use std::io::Write as _;
 use std::path::Path;
 
 use fixtures::{Net, TOLERANCE, policy, ring, rounded, style};
@@ -44,6 +45,12 @@ use snn::run::input::Array;
 use snn_compiler::{Nodes, Options, PolicySource, Source, Split, compile, sha256};
 use snn_runtime::Tensor;
 use snn_schemas::Policy;
+
+/// Says that something is not tested here, and why. Not with `eprintln!`, which is shown only for tests that
+/// fail.
+fn not_tested(what: &str, why: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "not tested: {what}: {why}");
+}
 
 fn split(net: &Net, policy: Option<&Policy>, nodes: Nodes) -> Split {
     let source = Source::from_bytes(net.onnx(style("burn")).into()).unwrap();

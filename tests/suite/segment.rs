@@ -5,7 +5,6 @@
 //! they are missing each test says so on standard error, and passes. Everything goes with the
 //! namespaces when a segment is dropped.
 
-use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -22,7 +21,7 @@ use crate::devices::{Devices, Place, ask_through, die_and_return, net, policy_of
 use crate::fixtures::{Net, residual};
 use crate::processes::{NodeProcess, SNN_RUN};
 use crate::trust::write_key;
-use crate::{assert_close, folder, image, reference, ring};
+use crate::{assert_close, folder, image, not_tested, reference, ring};
 
 /// Segments made by this process.
 static MADE: AtomicU32 = AtomicU32::new(0);
@@ -59,8 +58,7 @@ impl Segment {
         match segment.make() {
             Ok(()) => Some(segment),
             Err(reason) => {
-                // Not with eprintln!, which is shown only for tests that fail.
-                let _ = writeln!(std::io::stderr(), "no network segment, not tested: {reason}");
+                not_tested("nodes on a network segment", reason);
                 None
             }
         }
@@ -297,7 +295,7 @@ async fn two_hundred_requests_survive_deaths_beside_a_link_of_one_megabit() {
             "tc -n {namespace} qdisc add dev {interface} root tbf rate 1mbit burst 8kb latency 400ms"
         );
         if let Err(reason) = configure(&line) {
-            let _ = writeln!(std::io::stderr(), "no shaped link, not tested: {reason}");
+            not_tested("a shaped link", reason);
             return;
         }
     }

@@ -28,6 +28,11 @@ pub(crate) const UNHEARD: Duration = Duration::from_secs(15);
 const RENEW_EVERY: Duration = Duration::from_secs(4);
 /// How long a node may take to answer: a piece takes half a second on a link of 1 Mbit/s.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+/// How long a rank may stay silent when a recording begins: a session that has just joined does not know of
+/// everybody yet.
+const MEET_WITHIN: Duration = Duration::from_secs(1);
+/// Pause before who was silent is asked again.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
 /// Spans that travel at once: at most 80 KB, which the queue of any link takes.
 const PIECE: usize = 1 << 10;
 /// Largest question read, in bytes: three numbers fit several times.
@@ -146,19 +151,35 @@ impl Recording {
         }
     }
 
-    /// The number of ranks that record; one after another, so that of two askers one has all of them.
+    /// The number of ranks that record; one after another, so that of two askers one has all of them. Who does
+    /// not answer is asked again for a while.
     async fn begin_all(&self) -> Result<usize, AskError> {
-        let mut begun = 0;
-        for rank in 0..self.nodes {
-            let answers = put(&self.asked, rank, Question::Begin { id: self.id }).await?;
-            if let Some(Reply::Refused(reason)) =
-                answers.iter().find(|answer| matches!(answer, Reply::Refused(_)))
-            {
-                return Err(AskError::Refused { reason: format!("node {rank}: {reason}") });
+        let deadline = Instant::now() + MEET_WITHIN;
+        let mut silent: Vec<usize> = (0..self.nodes).collect();
+        loop {
+            let mut still = Vec::new();
+            for rank in silent {
+                if !self.begin_at(rank).await? {
+                    still.push(rank);
+                }
             }
-            begun += usize::from(answers.contains(&Reply::Done));
+            if still.is_empty() || Instant::now() >= deadline {
+                return Ok(self.nodes - still.len());
+            }
+            silent = still;
+            tokio::time::sleep(ASK_AGAIN).await;
         }
-        Ok(begun)
+    }
+
+    /// Whether whoever computes a rank records it.
+    async fn begin_at(&self, rank: usize) -> Result<bool, AskError> {
+        let answers = put(&self.asked, rank, Question::Begin { id: self.id }).await?;
+        if let Some(Reply::Refused(reason)) =
+            answers.iter().find(|answer| matches!(answer, Reply::Refused(_)))
+        {
+            return Err(AskError::Refused { reason: format!("node {rank}: {reason}") });
+        }
+        Ok(answers.contains(&Reply::Done))
     }
 
     /// Waits for `work`, and has the nodes go on recording until then.
