@@ -56,6 +56,13 @@ pub(crate) struct Ledger {
     pub(crate) lines: usize,
 }
 
+impl Ledger {
+    /// What there is of policies with levels, or of those without, as `levels` says.
+    pub(crate) fn found(&self, config: &Config, levels: bool) -> &Found {
+        if levels == config.exchange.search_levels { &self.main } else { &self.other }
+    }
+}
+
 /// What has been looked for and found among policies with levels, or among those without.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Found {

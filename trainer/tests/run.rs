@@ -182,9 +182,14 @@ fn a_run_that_was_stopped_ends_as_one_that_was_not() {
         assert!(stopped.is_err(), "stop {stop} came after the end");
     }
     snn_trainer::run(&config, None, &parts, true, &mut ()).unwrap();
-    assert_eq!(metrics(&whole), metrics(&parts));
+    assert_same(&whole, &parts);
+}
+
+/// Checks that two runs have the same figures and left the same files.
+fn assert_same(one: &Path, other: &Path) {
+    assert_eq!(metrics(one), metrics(other));
     for name in ["model.onnx", "best.json", "config.toml", "run.json", "report.html"] {
-        assert!(read(&whole, name) == read(&parts, name), "{name} differs");
+        assert!(read(one, name) == read(other, name), "{name} differs");
     }
 }
 
@@ -284,6 +289,7 @@ fn stages_one_by_one_and_out_of_order() {
     let sentence = |result: Result<(), TrainError>| result.unwrap_err().to_string();
     let early = sentence(snn_trainer::search(&config, None, out, &mut ()));
     assert!(early.ends_with("has no trained weights; run \"train\" first"), "{early}");
+    assert_eq!(std::fs::read_dir(out).unwrap().count(), 0, "what is refused writes nothing");
     snn_trainer::train(&config, None, out, false, &mut ()).unwrap();
     let early = sentence(snn_trainer::finetune(&config, None, out, &mut ()));
     assert!(early.ends_with("has no chosen policy; run \"search\" first"), "{early}");
@@ -386,8 +392,12 @@ fn a_folder_in_use_and_other_settings_are_refused() {
     let sha256 = Data::load(&config, None).unwrap().sha256;
     assert!(about.contains(&sha256));
     std::fs::write(out.join("run.json"), about.replace(&sha256, "0")).unwrap();
-    let images = snn_trainer::search(&other, None, out, &mut ()).unwrap_err().to_string();
+    let settings = read(out, "config.toml");
+    let mut changed = other.clone();
+    changed.finetune.epochs += 1;
+    let images = snn_trainer::search(&changed, None, out, &mut ()).unwrap_err().to_string();
     assert!(images.ends_with("was begun with other images"), "{images}");
+    assert!(read(out, "config.toml") == settings, "what is refused changes nothing");
     std::fs::write(out.join("run.json"), about).unwrap();
 
     let checkpoint = out.join("checkpoints/last.ckpt");

@@ -9,12 +9,26 @@ use snn_schemas::Policy;
 
 use super::{Run, SAVE_EVERY};
 use crate::candidate::{self, Candidate, Source};
+use crate::config::Config;
 use crate::controller::Reinforce;
 use crate::error::TrainError;
 use crate::metrics::Line;
 use crate::progress::{Report, Stage};
 use crate::search;
-use crate::state::{Choice, Found};
+use crate::state::{Choice, Found, Ledger};
+
+/// Whether every candidate has its policy.
+pub(super) fn has_chosen(config: &Config, ledger: &Ledger) -> bool {
+    let chosen = |candidate: &Candidate| {
+        let found = ledger.found(config, candidate.with_levels());
+        match candidate.source {
+            Source::Searched => found.selections.len() >= config.search.rounds,
+            Source::Random => found.random.is_some(),
+            Source::Full | Source::Silent => true,
+        }
+    };
+    config.candidates().iter().all(chosen)
+}
 
 impl Run<'_> {
     /// Stages 2 and 3 of a round.
@@ -39,19 +53,6 @@ impl Run<'_> {
             }
         }
         Ok(())
-    }
-
-    /// Whether every candidate has its policy.
-    pub(super) fn has_chosen(&self) -> bool {
-        let chosen = |candidate: &Candidate| {
-            let found = self.found(candidate.with_levels());
-            match candidate.source {
-                Source::Searched => found.selections.len() >= self.config.search.rounds,
-                Source::Random => found.random.is_some(),
-                Source::Full | Source::Silent => true,
-            }
-        };
-        self.candidates.iter().all(chosen)
     }
 
     /// The policy of a candidate: the silent one while nothing has been chosen.
@@ -86,8 +87,7 @@ impl Run<'_> {
     }
 
     pub(super) fn found(&self, levels: bool) -> &Found {
-        let ledger = &self.state.ledger;
-        if self.is_main(levels) { &ledger.main } else { &ledger.other }
+        self.state.ledger.found(self.config, levels)
     }
 
     fn found_mut(&mut self, levels: bool) -> &mut Found {

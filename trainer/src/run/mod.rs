@@ -18,8 +18,8 @@ use serde::Serialize;
 use snn_schemas::Policy;
 
 use self::folder::{
-    CHECKPOINTS, COMPARE, COMPARE_PAGE, CONFIG, LAST, METRICS, MODEL, POLICY, check_same,
-    read_config, write_about,
+    CHECKPOINTS, COMPARE, COMPARE_PAGE, CONFIG, LAST, METRICS, MODEL, POLICY, check_images,
+    check_order, check_same, read_config, write_about,
 };
 use crate::candidate::Candidate;
 use crate::checkpoint::{self, write_whole};
@@ -37,6 +37,9 @@ use crate::progress::{Progress, Report, Stage};
 use crate::state::State;
 use crate::wire::Wire;
 use crate::{compare as samplers, report};
+
+/// The stages of a whole run. Choosing policies is part of the search, the test images of the export.
+const WHOLE: &[Stage] = &[Stage::Train, Stage::Search, Stage::Finetune, Stage::Export];
 
 /// How long the controller may learn between two checkpoints. An epoch is always followed by one.
 const SAVE_EVERY: Duration = Duration::from_secs(30);
@@ -99,7 +102,7 @@ pub fn run(
     resume: bool,
     progress: &mut dyn Progress,
 ) -> Result<Outcome, TrainError> {
-    let mut run = Run::open(config, data, (out, resume), progress)?;
+    let mut run = Run::open(Task { stages: WHOLE, config, data, out, resume }, progress)?;
     for round in 0..config.search.rounds {
         run.train(round)?;
         run.search(round)?;
@@ -122,7 +125,8 @@ pub fn train(
     resume: bool,
     progress: &mut dyn Progress,
 ) -> Result<(), TrainError> {
-    let mut run = Run::open(config, data, (out, resume), progress)?;
+    let stages = &[Stage::Train];
+    let mut run = Run::open(Task { stages, config, data, out, resume }, progress)?;
     (0..config.search.rounds).try_for_each(|round| run.train(round))
 }
 
@@ -136,7 +140,8 @@ pub fn search(
     out: &Path,
     progress: &mut dyn Progress,
 ) -> Result<(), TrainError> {
-    let mut run = Run::at(Stage::Search, config, data, (out, progress))?;
+    let stages = &[Stage::Search];
+    let mut run = Run::open(Task { stages, config, data, out, resume: true }, progress)?;
     (0..config.search.rounds).try_for_each(|round| run.search(round))?;
     run.baseline()
 }
@@ -151,7 +156,9 @@ pub fn finetune(
     out: &Path,
     progress: &mut dyn Progress,
 ) -> Result<(), TrainError> {
-    Run::at(Stage::Finetune, config, data, (out, progress))?.finetune()
+    let stages = &[Stage::Finetune];
+    let mut run = Run::open(Task { stages, config, data, out, resume: true }, progress)?;
+    run.finetune()
 }
 
 /// Judges the fine-tuned candidates on the test images, and writes model, policy and report.
@@ -164,7 +171,8 @@ pub fn export(
     out: &Path,
     progress: &mut dyn Progress,
 ) -> Result<Outcome, TrainError> {
-    let mut run = Run::at(Stage::Export, config, data, (out, progress))?;
+    let stages = &[Stage::Export];
+    let mut run = Run::open(Task { stages, config, data, out, resume: true }, progress)?;
     run.test()?;
     run.export()?;
     Ok(run.outcome())
@@ -182,12 +190,13 @@ pub fn compare(
     out: &Path,
     (seeds, progress): (&[u64], &mut dyn Progress),
 ) -> Result<Vec<Trial>, TrainError> {
-    let run = Run::at(Stage::Search, config, data, (out, progress))?;
     if config.net.groups == 1 {
         return Err(TrainError::Data(
             "a network of one group has no policies to compare".to_owned(),
         ));
     }
+    let stages = &[Stage::Search];
+    let run = Run::open(Task { stages, config, data, out, resume: true }, progress)?;
     let (network, images) = (&run.state.network, &run.data.validation);
     let trials = samplers::compare(config, network, images, (seeds, run.progress))?;
     write_whole(&out.join(COMPARE), &serde_json::to_vec(&trials)?)?;
@@ -241,6 +250,18 @@ fn read_policy(folder: &Path, config: &Config) -> Result<Policy, TrainError> {
     }
 }
 
+/// What is asked for.
+struct Task<'a> {
+    /// The stages, of those in [`WHOLE`]; what the first builds on must be done.
+    stages: &'static [Stage],
+    config: &'a Config,
+    data: Option<&'a Path>,
+    /// The folder.
+    out: &'a Path,
+    /// Whether it may hold a run.
+    resume: bool,
+}
+
 /// A run at work.
 struct Run<'a> {
     config: &'a Config,
@@ -254,12 +275,8 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn open(
-        config: &'a Config,
-        data: Option<&Path>,
-        (out, resume): (&Path, bool),
-        progress: &'a mut dyn Progress,
-    ) -> Result<Run<'a>, TrainError> {
+    fn open(task: Task<'a>, progress: &'a mut dyn Progress) -> Result<Run<'a>, TrainError> {
+        let Task { stages, config, data, out, resume } = task;
         config.check()?;
         let data = Data::load(config, data)?;
         if fit::batches(&data.train, &config.train) == 0 {
@@ -274,7 +291,8 @@ impl<'a> Run<'a> {
         let device = config.device.open()?.autodiff();
         let last = out.join(CHECKPOINTS).join(LAST);
         let sections = checkpoint::load(&last)?;
-        if sections.is_some() && !resume {
+        let found = sections.is_some();
+        if found && !resume {
             return Err(TrainError::Occupied { path: out.to_owned() });
         }
         let state = match sections {
@@ -283,40 +301,25 @@ impl<'a> Run<'a> {
                 .map_err(|reason| TrainError::Checkpoint { path: last, reason })?,
         };
         check_same(config, out, &state)?;
+        check_images(out, &data)?;
+        if let Some(first) = stages.first() {
+            check_order(*first, config, out, &state.ledger)?;
+        }
+        // All that could be refused has been: only from here on is anything written.
         fs::create_dir_all(out.join(CHECKPOINTS)).map_err(TrainError::io(out))?;
         write_whole(&out.join(CONFIG), config.to_toml().as_bytes())?;
         write_about(out, config, &data)?;
         let metrics = Metrics::open(&out.join(METRICS), state.ledger.lines)?;
-        let folder = out.to_owned();
-        let (candidates, saved) = (config.candidates(), Instant::now());
-        Ok(Run { config, candidates, data, folder, state, metrics, progress, saved })
-    }
-
-    /// Goes on with the run in `out` at `stage`.
-    fn at(
-        stage: Stage,
-        config: &'a Config,
-        data: Option<&Path>,
-        (out, progress): (&Path, &'a mut dyn Progress),
-    ) -> Result<Run<'a>, TrainError> {
-        let run = Run::open(config, data, (out, true), progress)?;
-        run.requires(stage)?;
-        Ok(run)
-    }
-
-    /// Checks that the stages before `stage` are done.
-    fn requires(&self, stage: Stage) -> Result<(), TrainError> {
-        let trained = self.state.ledger.epochs >= self.config.train.epochs;
-        let tuned = self.candidates.iter().all(|candidate| self.is_tuned(candidate));
-        let (missing, before) = match stage {
-            _ if !trained => ("trained weights", Stage::Train),
-            Stage::Finetune | Stage::Export if !self.has_chosen() => {
-                ("chosen policy", Stage::Search)
-            }
-            Stage::Export if !tuned => ("fine-tuned weights", Stage::Finetune),
-            _ => return Ok(()),
-        };
-        Err(TrainError::Order { stage, path: self.folder.clone(), missing, before })
+        Ok(Run {
+            config,
+            candidates: config.candidates(),
+            data,
+            folder: out.to_owned(),
+            state,
+            metrics,
+            progress,
+            saved: Instant::now(),
+        })
     }
 
     /// Writes a line and tells whoever listens.

@@ -226,6 +226,7 @@ mod tests {
     use burn::tensor::Tensor;
 
     use super::super::folder::LAST;
+    use super::super::{Task, WHOLE};
     use super::*;
     use crate::config::Config;
     use crate::progress::Report;
@@ -246,7 +247,9 @@ mod tests {
         (config.net.trunk_width, config.net.path_width, config.net.stem_channels) = (4, 2, 4);
         (config.train.calibration, config.search.steps, config.search.samples) = (64, 1, 2);
         let mut nobody = |_: &Report| {};
-        let mut run = Run::open(&config, None, (folder.path(), false), &mut nobody).unwrap();
+        let task =
+            Task { stages: WHOLE, config: &config, data: None, out: folder.path(), resume: false };
+        let mut run = Run::open(task, &mut nobody).unwrap();
         let spoiled = run.state.network.inference().map(&mut Spoil);
         run.state.network = spoiled.copy();
         for candidate in run.candidates.clone() {
