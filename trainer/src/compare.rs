@@ -18,7 +18,8 @@ use crate::error::TrainError;
 use crate::judge::{host, judge};
 use crate::net::{Network, Stats};
 use crate::progress::{Progress, Report, Stage};
-use crate::search::{best, price};
+use crate::scores::Scores;
+use crate::search::{Best, judge_sample, price};
 use crate::seed::{Rng, rng};
 use crate::sinkhorn::Differentiable;
 
@@ -305,12 +306,15 @@ fn try_one(
     }
     let mut own = SamplerRng(rng(config.seed, name.name(), search.steps));
     let candidates = sampler.propose(search.samples, &mut own)?;
+    let (mut scores, mut best) = (Scores::default(), Best::new(config));
     let (mut sum, mut most) = (0.0, f64::NEG_INFINITY);
-    let choice = best(config, network, &candidates, images, |_, worth| {
-        sum += worth.reward;
-        most = most.max(worth.reward);
-    })?;
-    let policy = choice.map_or_else(|| config.silent(), |choice| choice.policy);
+    for policy in &candidates {
+        let score = scores.of(policy, || judge_sample(config, network, policy, images))?;
+        let reward = best.offer(policy, score)?;
+        sum += reward;
+        most = most.max(reward);
+    }
+    let policy = best.choice().map_or_else(|| config.silent(), |choice| choice.policy);
     let mean = sum / candidates.len().max(1) as f64;
     Ok(Trial { sampler: name, seed: config.seed, rewards, mean, best: most, policy })
 }

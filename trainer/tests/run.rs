@@ -193,6 +193,35 @@ fn assert_same(one: &Path, other: &Path) {
     }
 }
 
+#[test]
+fn policies_that_were_judged_before_a_stop_are_not_judged_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path();
+    let mut config = tiny();
+    (config.train.epochs, config.search.rounds) = (1, 1);
+    snn_trainer::train(&config, None, out, false, &mut ()).unwrap();
+    let stopped = std::panic::catch_unwind(|| {
+        let mut listen = |report: &Report| {
+            if report.stage == Stage::Select && report.done == 2 {
+                std::panic::resume_unwind(Box::new("stopped"));
+            }
+        };
+        snn_trainer::search(&config, None, out, &mut listen)
+    });
+    assert!(stopped.is_err());
+    // As if the first had told all images right.
+    let path = out.join("checkpoints/scores.jsonl");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (first, others) = text.split_once('\n').unwrap();
+    let mut first: serde_json::Value = serde_json::from_str(first).unwrap();
+    first["correct"] = first["images"].clone();
+    std::fs::write(&path, format!("{first}\n{others}")).unwrap();
+    snn_trainer::search(&config, None, out, &mut ()).unwrap();
+    let lines = metrics(out);
+    let chosen = lines.iter().find(|line| line["stage"] == "select").unwrap();
+    assert_eq!(chosen["validation_accuracy"], 1.0);
+}
+
 /// Keeps what it is warned of.
 #[derive(Default)]
 struct Warned(Vec<String>);

@@ -1,12 +1,14 @@
 //! Stages 2 and 3 of a run, and the random sampler's choice, among the policies candidates ask for.
 //!
 //! Policies with levels and policies without are looked for apart, each by a controller of its own
-//! with the same budget, and only where a candidate wants them.
+//! with the same budget, and only where a candidate wants them. Every policy that is judged is written
+//! down at once: a run that is stopped while it chooses goes on with the next one.
 
 use std::time::Instant;
 
 use snn_schemas::Policy;
 
+use super::folder::{CHECKPOINTS, SCORES};
 use super::{Run, SAVE_EVERY};
 use crate::candidate::{self, Candidate, Source};
 use crate::config::Config;
@@ -14,7 +16,8 @@ use crate::controller::Reinforce;
 use crate::error::TrainError;
 use crate::metrics::Line;
 use crate::progress::{Report, Stage};
-use crate::search;
+use crate::scores::{Scores, shorthand};
+use crate::search::{self, Best};
 use crate::state::{Choice, Found, Ledger};
 
 /// Whether every candidate has its policy.
@@ -147,6 +150,7 @@ impl Run<'_> {
         self.save()
     }
 
+    /// The best of `candidates` on the shared weights.
     fn choose(
         &mut self,
         stage: Stage,
@@ -155,31 +159,32 @@ impl Run<'_> {
     ) -> Result<Option<Choice>, TrainError> {
         let started = Instant::now();
         let network = self.state.network.inference();
-        let progress = &mut *self.progress;
-        let mut best = 0.0_f64;
-        let images = &self.data.validation;
-        let choice = search::best(self.config, &network, candidates, images, |done, worth| {
-            best = best.max(worth.accuracy);
-            let total = candidates.len();
-            let accuracy = Some(best);
-            let round = round + 1;
-            progress.report(&Report { stage, round, done, total, loss: None, accuracy });
-        })?;
+        let (epochs, total) = (self.state.ledger.epochs, candidates.len());
+        let images = self.config.judged_images(self.data.validation.len());
+        let path = self.folder.join(CHECKPOINTS).join(SCORES);
+        let mut scores = Scores::open(&path, epochs, images)?;
+        let mut best = Best::new(self.config);
+        let mut most = 0.0_f64;
+        for (policy, done) in candidates.iter().zip(1..) {
+            let score = scores.of(policy, || {
+                search::judge_sample(self.config, &network, policy, &self.data.validation)
+            })?;
+            best.offer(policy, score)?;
+            most = most.max(score.accuracy());
+            let (round, loss, accuracy) = (round + 1, None, Some(most));
+            self.progress.report(&Report { stage, round, done, total, loss, accuracy });
+        }
+        let choice = best.choice();
         let score = choice.as_ref().map(|choice| choice.validation);
-        let score = score.map(|score| score.finite(stage, self.state.ledger.epochs)).transpose()?;
+        let score = score.map(|score| score.finite(stage, epochs)).transpose()?;
         let line = Line {
             search_levels: Some(levels),
             loss: score.map(|score| score.loss),
             validation_accuracy: score.map(|score| score.accuracy()),
             seconds: started.elapsed().as_secs_f64(),
-            ..Line::new(stage, round + 1, candidates.len())
+            ..Line::new(stage, round + 1, total)
         };
         self.metrics.write(&line)?;
         Ok(choice)
     }
-}
-
-/// A policy's decisions and levels as `metrics.jsonl` has them.
-fn shorthand(policy: &Policy) -> Vec<[usize; 2]> {
-    policy.steps.iter().map(|step| [step.decision.id(), step.level]).collect()
 }

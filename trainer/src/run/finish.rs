@@ -40,8 +40,9 @@ impl Run<'_> {
                 ..Line::new(Stage::Test, self.config.search.rounds, index + 1)
             };
             self.note(&line, index + 1, candidates.len())?;
+            self.save()?;
         }
-        self.save()
+        Ok(())
     }
 
     /// Model, policy and report.

@@ -27,6 +27,7 @@ pub(super) const METRICS: &str = "metrics.jsonl";
 pub(super) const CHECKPOINTS: &str = "checkpoints";
 pub(super) const LAST: &str = "last.ckpt";
 pub(super) const BEST: &str = "best.ckpt";
+pub(super) const SCORES: &str = "scores.jsonl";
 pub(super) const MODEL: &str = "model.onnx";
 pub(super) const POLICY: &str = "best.json";
 pub(super) const REPORT: &str = "report.html";

@@ -18,7 +18,7 @@ use serde::Serialize;
 use snn_schemas::Policy;
 
 use self::folder::{
-    CHECKPOINTS, COMPARE, COMPARE_PAGE, CONFIG, LAST, METRICS, MODEL, POLICY, check_images,
+    CHECKPOINTS, COMPARE, COMPARE_PAGE, CONFIG, LAST, METRICS, MODEL, POLICY, SCORES, check_images,
     check_order, check_same, read_config, write_about,
 };
 use crate::candidate::Candidate;
@@ -309,6 +309,10 @@ impl<'a> Run<'a> {
         fs::create_dir_all(out.join(CHECKPOINTS)).map_err(TrainError::io(out))?;
         write_whole(&out.join(CONFIG), config.to_toml().as_bytes())?;
         write_about(out, config, &data)?;
+        if !found {
+            // What a run without a checkpoint has judged was judged on weights that are lost.
+            remove(&out.join(CHECKPOINTS).join(SCORES))?;
+        }
         let metrics = Metrics::open(&out.join(METRICS), state.ledger.lines)?;
         Ok(Run {
             config,
@@ -343,5 +347,15 @@ impl<'a> Run<'a> {
         checkpoint::save(&self.folder.join(CHECKPOINTS).join(LAST), &sections)?;
         self.saved = Instant::now();
         Ok(())
+    }
+}
+
+/// Removes a file, if it is there.
+fn remove(path: &Path) -> Result<(), TrainError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(TrainError::io(path)(error))
+        }
+        _ => Ok(()),
     }
 }
