@@ -39,7 +39,7 @@ pub(crate) struct Line {
     /// What the controller learned from: accuracy less the price of traffic.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) reward: Option<f64>,
-    /// Accuracy on validation images: of a step's mini-batches, or a judgement.
+    /// Accuracy on validation images: after an epoch, of a step's mini-batches, or a judgement.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) validation_accuracy: Option<f64>,
     /// Accuracy on the test images.

@@ -166,8 +166,8 @@ fn curves(config: &Config, lines: &[Line]) -> Result<String, TrainError> {
         let chosen = lines.iter().filter(|line| of(line));
         chosen.filter_map(|line| Some((line.number as f64, scale * value(line)?))).collect()
     };
-    let train = |value: Value, scale| -> Vec<Curve> {
-        vec![(String::new(), pick(&|line| line.stage == Stage::Train, value, scale))]
+    let train = |value: Value, scale, name: &str| -> Curve {
+        (name.to_owned(), pick(&|line| line.stage == Stage::Train, value, scale))
     };
     // Two controllers, where policies with levels and policies without were looked for.
     let search = |value: Value, scale| -> Vec<Curve> {
@@ -192,14 +192,17 @@ fn curves(config: &Config, lines: &[Line]) -> Result<String, TrainError> {
     };
     let loss: Value = |line| line.loss;
     let accuracy: Value = |line| line.train_accuracy;
+    let validation: Value = |line| line.validation_accuracy;
     let reward: Value = |line| line.reward.or(line.validation_accuracy);
+    let learned = vec![train(accuracy, 100.0, "training"), train(validation, 100.0, "validation")];
     let charts = [
-        ("Stage 1: loss", ("epoch", "nats"), train(loss, 1.0)),
-        ("Stage 1: accuracy while training", ("epoch", "%"), train(accuracy, 100.0)),
+        ("Stage 1: loss", ("epoch", "nats"), vec![train(loss, 1.0, "")]),
+        ("Stage 1: accuracy", ("epoch", "%"), learned),
         ("Stage 2: reward", ("step", "%"), search(reward, 100.0)),
         ("Stage 2: entropy of the controller", ("step", "nats"), search(|line| line.entropy, 1.0)),
         ("Fine-tuning: loss", ("epoch", "nats"), tuning(loss, 1.0)),
         ("Fine-tuning: accuracy while training", ("epoch", "%"), tuning(accuracy, 100.0)),
+        ("Fine-tuning: accuracy on validation images", ("epoch", "%"), tuning(validation, 100.0)),
     ];
     let mut html = String::from("<h2>Curves</h2>\n<div class=\"curves\">\n");
     for (title, axes, curves) in charts {

@@ -52,6 +52,9 @@ pub(crate) struct Ledger {
     pub(crate) validation: BTreeMap<String, Score>,
     /// Fine-tuned candidates on the test images.
     pub(crate) test: BTreeMap<String, Score>,
+    /// The best epoch so far, on the validation images: what `best.ckpt` is of.
+    #[serde(default)]
+    pub(crate) best: Option<Score>,
     /// Lines of `metrics.jsonl` that belong to all this.
     pub(crate) lines: usize,
 }
@@ -209,6 +212,7 @@ mod tests {
         let ledger: Ledger = from_json(json).unwrap();
         assert_eq!((ledger.epochs, ledger.main.steps, ledger.lines), (8, 3, 11));
         assert_eq!((ledger.other, ledger.tuned["searched"]), (Found::default(), 1));
+        assert_eq!(ledger.best, None);
     }
 
     #[test]

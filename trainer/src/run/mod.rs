@@ -342,9 +342,16 @@ impl<'a> Run<'a> {
     }
 
     fn save(&mut self) -> Result<(), TrainError> {
+        self.save_as(&[LAST])
+    }
+
+    /// Writes one checkpoint under several names, in their order.
+    fn save_as(&mut self, names: &[&str]) -> Result<(), TrainError> {
         self.state.ledger.lines = self.metrics.lines;
         let sections = self.state.sections()?;
-        checkpoint::save(&self.folder.join(CHECKPOINTS).join(LAST), &sections)?;
+        for name in names {
+            checkpoint::save(&self.folder.join(CHECKPOINTS).join(name), &sections)?;
+        }
         self.saved = Instant::now();
         Ok(())
     }
