@@ -4,6 +4,8 @@
 //! go through stage 2 and 3 of the same run with the same images, as often as there are seeds, and
 //! gives their rewards step by step and what they find. Nothing here looks at the test images.
 
+use std::time::Instant;
+
 use burn::module::Module;
 use rand::RngExt;
 use rand::seq::SliceRandom;
@@ -256,6 +258,7 @@ pub(crate) fn compare(
     let network = network.valid();
     let mut trials = Vec::new();
     let total = seeds.len() * SamplerName::ALL.len();
+    let started = Instant::now();
     for &seed in seeds {
         let config = Config { seed, ..config.clone() };
         for sampler in SamplerName::ALL {
@@ -270,6 +273,7 @@ pub(crate) fn compare(
                 total,
                 loss: None,
                 accuracy,
+                left: Some(started.elapsed().mul_f64((total - done) as f64 / done as f64)),
             });
         }
     }

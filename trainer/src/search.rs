@@ -88,14 +88,22 @@ pub(crate) fn sample(
     Ok(policies(config, rollout.steps))
 }
 
-/// The random sampler's policies: as many as can be chosen among for the images that the search
-/// judged in a round, on the weights both are judged on.
+/// The random sampler's policies, [`random_count`] of them.
 pub(crate) fn random(config: &Config, images: &Dataset) -> Vec<Policy> {
-    let search = &config.search;
-    let batch = config.train.batch.min(images.len());
-    let judged = search.steps * search.policies_per_step * batch;
-    let count = search.samples + judged.div_ceil(config.judged_images(images.len()).max(1));
+    let count = random_count(config, images.len());
     random_policies(config, count, &mut rng(config.seed, "random", 0))
+}
+
+/// How many policies the random sampler chooses among: as many as can be judged on `images` validation
+/// images for what stages 2 and 3 judge in a round, on the weights both are judged on.
+pub(crate) fn random_count(config: &Config, images: usize) -> usize {
+    let judged = config.search.steps * judged_in_step(config, images);
+    config.search.samples + judged.div_ceil(config.judged_images(images).max(1))
+}
+
+/// Images that a step of the controller judges, of `images` validation images.
+pub(crate) fn judged_in_step(config: &Config, images: usize) -> usize {
+    config.search.policies_per_step * config.train.batch.min(images)
 }
 
 /// A policy of stage 3 on the validation images it is judged on.

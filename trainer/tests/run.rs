@@ -4,6 +4,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use snn_schemas::{Dtype, Policy, onnx};
 use snn_trainer::{
@@ -64,10 +65,15 @@ fn a_run_leaves_a_model_whose_predictions_are_those_of_training() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("run");
     let config = tiny();
-    let mut stages = Vec::new();
-    let mut listen = |report: &Report| stages.push(report.stage);
+    let (mut stages, mut left) = (Vec::new(), Vec::new());
+    let mut listen = |report: &Report| {
+        stages.push(report.stage);
+        left.push(report.left.unwrap());
+    };
     let outcome = snn_trainer::run(&config, None, &out, false, &mut listen).unwrap();
     stages.dedup();
+    assert!(left[0] > Duration::ZERO);
+    assert_eq!(left.last(), Some(&Duration::ZERO));
     let round = [Stage::Train, Stage::Search, Stage::Select];
     let end = [Stage::Baseline, Stage::Finetune, Stage::Test, Stage::Export];
     assert_eq!(stages, [&round[..], &round, &end].concat());

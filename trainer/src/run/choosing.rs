@@ -9,6 +9,7 @@ use std::time::Instant;
 use snn_schemas::Policy;
 
 use super::folder::{CHECKPOINTS, SCORES};
+use super::left::Work;
 use super::{Run, SAVE_EVERY};
 use crate::candidate::{self, Candidate, Source};
 use crate::config::Config;
@@ -75,7 +76,7 @@ impl Run<'_> {
     }
 
     /// The kinds of policies, with levels or without, that candidates of `source` want.
-    fn spaces(&self, source: Source) -> Vec<bool> {
+    pub(super) fn spaces(&self, source: Source) -> Vec<bool> {
         let main = self.config.exchange.search_levels;
         let wanted = |levels: &bool| {
             let mut of_source = self.candidates.iter().filter(|other| other.source == source);
@@ -111,6 +112,7 @@ impl Run<'_> {
         while self.found(levels).steps < (round + 1) * steps {
             let started = Instant::now();
             let number = self.found(levels).steps;
+            let judged = search::judged_in_step(&config, self.data.validation.len());
             let reinforce = self.reinforce(levels).clone();
             let images = &self.data.validation;
             let (learned, step) = search::step(reinforce, &network, images, (&config, number))?;
@@ -119,6 +121,7 @@ impl Run<'_> {
                 false => self.state.other = learned,
             }
             self.found_mut(levels).steps += 1;
+            self.pace.judged(judged, started.elapsed());
             let line = Line {
                 search_levels: Some(levels),
                 validation_accuracy: Some(step.accuracy),
@@ -128,7 +131,7 @@ impl Run<'_> {
                 seconds: started.elapsed().as_secs_f64(),
                 ..Line::new(Stage::Search, round + 1, number + 1)
             };
-            self.note(&line, number + 1 - round * steps, steps)?;
+            self.note(&line, (number + 1 - round * steps, steps), Work::default())?;
             if self.saved.elapsed() > SAVE_EVERY || number + 1 == (round + 1) * steps {
                 self.save()?;
             }
@@ -167,12 +170,17 @@ impl Run<'_> {
         let mut most = 0.0_f64;
         for (policy, done) in candidates.iter().zip(1..) {
             let score = scores.of(policy, || {
-                search::judge_sample(self.config, &network, policy, &self.data.validation)
+                let judging = Instant::now();
+                let (config, validation) = (self.config, &self.data.validation);
+                let score = search::judge_sample(config, &network, policy, validation)?;
+                self.pace.judged(images, judging.elapsed());
+                Ok(score)
             })?;
             best.offer(policy, score)?;
             most = most.max(score.accuracy());
+            let left = self.time_left(Work { fitted: 0, judged: done * images });
             let (round, loss, accuracy) = (round + 1, None, Some(most));
-            self.progress.report(&Report { stage, round, done, total, loss, accuracy });
+            self.progress.report(&Report { stage, round, done, total, loss, accuracy, left });
         }
         let choice = best.choice();
         let score = choice.as_ref().map(|choice| choice.validation);

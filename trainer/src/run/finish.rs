@@ -6,6 +6,7 @@ use serde_json::json;
 use snn_schemas::Policy;
 
 use super::folder::{METRICS, MODEL, POLICY, REPORT, TOOL};
+use super::left::Work;
 use super::{Judged, Outcome, Run};
 use crate::checkpoint::write_whole;
 use crate::error::TrainError;
@@ -32,6 +33,7 @@ impl Run<'_> {
             let score = judge_all(&network.inference(), &policy, &self.data.test, Stats::Stored)?;
             let score = score.finite(Stage::Test, self.config.finetune.epochs)?;
             self.state.ledger.test.insert(name.clone(), score);
+            self.pace.judged(score.images, started.elapsed());
             let line = Line {
                 candidate: Some(name.clone()),
                 loss: Some(score.loss),
@@ -39,7 +41,7 @@ impl Run<'_> {
                 seconds: started.elapsed().as_secs_f64(),
                 ..Line::new(Stage::Test, self.config.search.rounds, index + 1)
             };
-            self.note(&line, index + 1, candidates.len())?;
+            self.note(&line, (index + 1, candidates.len()), Work::default())?;
             self.save()?;
         }
         Ok(())
@@ -60,9 +62,10 @@ impl Run<'_> {
         let lines = metrics::read(&self.folder.join(METRICS))?;
         let page = report::page(self.config, &self.data, &judged, &lines)?;
         write_whole(&self.folder.join(REPORT), page.as_bytes())?;
-        let (round, done, total) = (self.config.search.rounds, 1, 1);
-        let stage = Stage::Export;
-        self.progress.report(&Report { stage, round, done, total, loss: None, accuracy: None });
+        let (stage, round, left) =
+            (Stage::Export, self.config.search.rounds, self.time_left(Work::default()));
+        let told = Report { stage, round, done: 1, total: 1, loss: None, accuracy: None, left };
+        self.progress.report(&told);
         Ok(())
     }
 

@@ -8,6 +8,7 @@
 mod choosing;
 mod finish;
 mod folder;
+mod left;
 mod weights;
 
 use std::fs;
@@ -21,6 +22,7 @@ use self::folder::{
     CHECKPOINTS, COMPARE, COMPARE_PAGE, CONFIG, LAST, METRICS, MODEL, POLICY, SCORES, check_images,
     check_order, check_same, read_config, write_about,
 };
+use self::left::{Pace, Work};
 use crate::candidate::Candidate;
 use crate::checkpoint::{self, write_whole};
 use crate::compare::Trial;
@@ -264,6 +266,7 @@ struct Task<'a> {
 
 /// A run at work.
 struct Run<'a> {
+    stages: &'static [Stage],
     config: &'a Config,
     candidates: Vec<Candidate>,
     data: Data,
@@ -271,6 +274,7 @@ struct Run<'a> {
     state: State,
     metrics: Metrics,
     progress: &'a mut dyn Progress,
+    pace: Pace,
     saved: Instant,
 }
 
@@ -315,6 +319,7 @@ impl<'a> Run<'a> {
         }
         let metrics = Metrics::open(&out.join(METRICS), state.ledger.lines)?;
         Ok(Run {
+            stages,
             config,
             candidates: config.candidates(),
             data,
@@ -322,14 +327,22 @@ impl<'a> Run<'a> {
             state,
             metrics,
             progress,
+            pace: Pace::default(),
             saved: Instant::now(),
         })
     }
 
-    /// Writes a line and tells whoever listens.
-    fn note(&mut self, line: &Line, done: usize, total: usize) -> Result<(), TrainError> {
+    /// Writes a line and tells whoever listens that so much of a stage is done, `work` of which the
+    /// ledger does not have yet.
+    fn note(
+        &mut self,
+        line: &Line,
+        (done, total): (usize, usize),
+        work: Work,
+    ) -> Result<(), TrainError> {
         self.metrics.write(line)?;
         let accuracies = [line.test_accuracy, line.validation_accuracy, line.train_accuracy];
+        let left = self.time_left(work);
         self.progress.report(&Report {
             stage: line.stage,
             round: line.round,
@@ -337,6 +350,7 @@ impl<'a> Run<'a> {
             total,
             loss: line.loss,
             accuracy: accuracies.into_iter().flatten().next(),
+            left,
         });
         Ok(())
     }

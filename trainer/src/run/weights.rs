@@ -219,6 +219,9 @@ impl Run<'_> {
         let took = started.elapsed();
         let images = &self.data.validation;
         let score = judge_all(&network.inference(), pass.judged, images, Stats::Batch)?;
+        let work = self.epoch_work(pass.policies.first().map_or(1, Vec::len));
+        self.pace.fitted(work.fitted, took);
+        self.pace.judged(work.judged, started.elapsed() - took);
         let line = Line {
             candidate: pass.candidate.map(|candidate| candidate.name.clone()),
             lr: Some(pass.lr),
@@ -229,7 +232,7 @@ impl Run<'_> {
             ..Line::new(pass.stage, pass.round + 1, pass.number + 1)
         };
         let (before, total) = pass.progress;
-        self.note(&line, before + 1, total)?;
+        self.note(&line, (before + 1, total), work)?;
         let epoch = pass.number + 1;
         match loss.is_finite() {
             true => Ok((network, score.finite(pass.stage, epoch)?)),
