@@ -2,7 +2,8 @@
 //!
 //! Takes the settings, the judged candidates and the lines of `metrics.jsonl`, and gives an HTML
 //! text that needs nothing beside it: results as tables, policies as pictures, curves and heat-maps as
-//! SVG, in light or dark as the reader's system is. Equal runs give equal pages.
+//! SVG, in light or dark as the reader's system is. Equal runs give equal pages. While a run goes on
+//! the page has what there is, says how far the run is, and loads itself anew.
 
 mod charts;
 mod picture;
@@ -19,7 +20,7 @@ use crate::config::Config;
 use crate::data::Data;
 use crate::error::TrainError;
 use crate::metrics::Line;
-use crate::progress::Stage;
+use crate::progress::{Report, Stage};
 use crate::run::Judged;
 
 /// Width and height of a curve, in pixels: two fit side by side.
@@ -35,16 +36,44 @@ th{border-bottom-width:2px}th:first-child,td:first-child,th.left,td.left{text-al
 .intensive{color:var(--red)}svg text{fill:var(--ink)}svg .lane{stroke:var(--line)}svg .send{stroke:var(--blue)}svg .head{fill:var(--blue)}\
 svg [fill=\"#000000\"]{fill:var(--ink)}svg [stroke=\"#000000\"]{stroke:var(--faint)}";
 
-/// Draws the page.
+/// Makes a browser load the page again, as often as it is drawn anew.
+const RELOAD: &str = "<meta http-equiv=\"refresh\" content=\"10\">";
+
+/// Draws the page of a finished run.
 pub(crate) fn page(
     config: &Config,
     data: &Data,
     judged: &[Judged],
     lines: &[Line],
 ) -> Result<String, TrainError> {
+    let mut html = opening(config, data, "");
+    html += &tables::tables(config, &escaped(&data.name), judged)?;
+    html += &pictures(judged);
+    Ok(html + &figures(config, lines)?)
+}
+
+/// Draws the page of a run that is as far as `told`.
+pub(crate) fn running(
+    config: &Config,
+    data: &Data,
+    told: &Report,
+    lines: &[Line],
+) -> Result<String, TrainError> {
+    let Report { stage, round, done, total, .. } = told;
+    let mut html = opening(config, data, RELOAD);
+    let rounds = config.search.rounds;
+    let _ = write!(html, "<p>Not finished: {stage}, round {round} of {rounds}, {done} of {total}");
+    if let Some(left) = told.time_left() {
+        let _ = write!(html, "; {left} left in all when this was drawn");
+    }
+    html.push_str(".</p>\n");
+    Ok(html + &figures(config, lines)?)
+}
+
+/// What both begin with; `extra` goes into the page's head.
+fn opening(config: &Config, data: &Data, extra: &str) -> String {
     let net = &config.net;
-    let name = escaped(&data.name);
-    let mut html = head(&format!("{} on {name}", net.title()));
+    let mut html = head(&format!("{} on {}", net.title(), escaped(&data.name)), extra);
     let _ = writeln!(
         html,
         "<p>{}×{}d, trunk {}, G = {}, α = {}, {} on the wire. {} training, {} validation and {} test images. Seed {}.</p>",
@@ -62,12 +91,12 @@ pub(crate) fn page(
     if let Some(left_out) = data.left_out() {
         let _ = writeln!(html, "<p class=\"note\">{}.</p>", escaped(&left_out));
     }
-    html += &tables::tables(config, &name, judged)?;
-    html += &pictures(judged);
-    html += &sampled::distributions(config, lines)?;
-    html += &curves(config, lines)?;
-    html.push_str("</body></html>\n");
-    Ok(html)
+    html
+}
+
+/// What both end with: heat-maps and curves.
+fn figures(config: &Config, lines: &[Line]) -> Result<String, TrainError> {
+    Ok(sampled::distributions(config, lines)? + &curves(config, lines)? + "</body></html>\n")
 }
 
 /// `text` as HTML shows it, whatever a folder or a file is called.
@@ -81,16 +110,16 @@ fn escaped(text: &str) -> Cow<'_, str> {
     Cow::Owned(escapes.into_iter().fold(text.to_owned(), escape))
 }
 
-/// The start of a page under a title in HTML.
-fn head(title: &str) -> String {
+/// The start of a page under a title in HTML; `extra` goes into its head.
+fn head(title: &str, extra: &str) -> String {
     format!(
-        "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\"><title>{title}</title><style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n"
+        "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">{extra}<title>{title}</title><style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n"
     )
 }
 
 /// A page on what samplers did: rewards step by step, averaged over seeds, and what they found.
 pub(crate) fn comparison(trials: &[Trial]) -> Result<String, TrainError> {
-    let mut html = head("Samplers on the same weights");
+    let mut html = head("Samplers on the same weights", "");
     html.push_str("<table><tr><th>sampler</th><th>seeds</th><th>last tenth of the steps</th><th>mean of the samples</th><th>best of the samples</th></tr>\n");
     let mut curves = Vec::new();
     for sampler in SamplerName::ALL {
@@ -229,5 +258,28 @@ mod tests {
         assert!(page.contains("test, cats &amp; &lt;dogs&gt;</th>"), "{page}");
         let left_out = "<p class=\"note\">1 image is left out: train/&lt;i&gt;/0.png: broken.</p>";
         assert!(page.contains(left_out) && !page.contains("<dogs>") && !page.contains("<i>"));
+    }
+    #[test]
+    fn a_run_that_goes_on_says_how_far_it_is_and_loads_itself_anew() {
+        let config = Config::digits();
+        let data = Data::load(&config, None).unwrap();
+        let line = |number: usize| Line {
+            loss: Some(1.0 / number as f64),
+            train_accuracy: Some(0.5),
+            validation_accuracy: Some(0.6),
+            ..Line::new(Stage::Train, 1, number)
+        };
+        let lines: Vec<Line> = (1..=3).map(line).collect();
+        let left = Some(std::time::Duration::from_secs(95));
+        let (stage, loss, accuracy) = (Stage::Train, None, None);
+        let mut told = Report { stage, round: 1, done: 3, total: 16, loss, accuracy, left };
+        let page = running(&config, &data, &told, &lines).unwrap();
+        let standing = "<p>Not finished: train, round 1 of 2, 3 of 16; 2 min left in all when";
+        assert!(page.contains(standing) && page.contains(RELOAD), "{page}");
+        assert!(page.contains("Stage 1: loss") && page.contains(">\nvalidation\n<"), "{page}");
+        told.left = None;
+        let page = running(&config, &data, &told, &[]).unwrap();
+        assert!(page.contains("3 of 16.</p>") && !page.contains("<svg"), "{page}");
+        assert!(!super::page(&config, &data, &[], &lines).unwrap().contains(RELOAD));
     }
 }

@@ -120,6 +120,7 @@ fn a_run_leaves_a_model_whose_predictions_are_those_of_training() {
     let page = String::from_utf8(read(&out, "report.html")).unwrap();
     assert!(page.contains("Stage 1: loss") && page.contains("<td>searched</td>"));
     assert!(page.contains("t2: decision") && page.contains("Fine-tuning: loss"));
+    assert!(!page.contains("Not finished"));
     assert!(!page.contains("http://") || page.matches("http://").all(|found| found.len() == 7));
 }
 
@@ -328,6 +329,8 @@ fn stages_one_by_one_and_out_of_order() {
     assert!(early.ends_with("has no trained weights; run \"train\" first"), "{early}");
     assert_eq!(std::fs::read_dir(out).unwrap().count(), 0, "what is refused writes nothing");
     snn_trainer::train(&config, None, out, false, &mut ()).unwrap();
+    let page = String::from_utf8(read(out, "report.html")).unwrap();
+    assert!(page.contains("Not finished: train, round 2 of 2, 2 of 2; 0 s left"), "{page}");
     let early = sentence(snn_trainer::finetune(&config, None, out, &mut ()));
     assert!(early.ends_with("has no chosen policy; run \"search\" first"), "{early}");
     snn_trainer::search(&config, None, out, &mut ()).unwrap();

@@ -180,7 +180,7 @@ impl Run<'_> {
             most = most.max(score.accuracy());
             let left = self.time_left(Work { fitted: 0, judged: done * images });
             let (round, loss, accuracy) = (round + 1, None, Some(most));
-            self.progress.report(&Report { stage, round, done, total, loss, accuracy, left });
+            self.tell(Report { stage, round, done, total, loss, accuracy, left })?;
         }
         let choice = best.choice();
         let score = choice.as_ref().map(|choice| choice.validation);

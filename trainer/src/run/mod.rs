@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use snn_schemas::Policy;
 
+use self::finish::Drawing;
 use self::folder::{
     CHECKPOINTS, COMPARE, COMPARE_PAGE, CONFIG, LAST, METRICS, MODEL, POLICY, SCORES, check_images,
     check_order, check_same, read_config, write_about,
@@ -129,7 +130,8 @@ pub fn train(
 ) -> Result<(), TrainError> {
     let stages = &[Stage::Train];
     let mut run = Run::open(Task { stages, config, data, out, resume }, progress)?;
-    (0..config.search.rounds).try_for_each(|round| run.train(round))
+    (0..config.search.rounds).try_for_each(|round| run.train(round))?;
+    run.draw()
 }
 
 /// Stages 2 and 3 alone, and the random sampler's choice, on the weights that [`train`] left.
@@ -145,7 +147,8 @@ pub fn search(
     let stages = &[Stage::Search];
     let mut run = Run::open(Task { stages, config, data, out, resume: true }, progress)?;
     (0..config.search.rounds).try_for_each(|round| run.search(round))?;
-    run.baseline()
+    run.baseline()?;
+    run.draw()
 }
 
 /// The last stage alone: each candidate's weights under its policy.
@@ -160,7 +163,8 @@ pub fn finetune(
 ) -> Result<(), TrainError> {
     let stages = &[Stage::Finetune];
     let mut run = Run::open(Task { stages, config, data, out, resume: true }, progress)?;
-    run.finetune()
+    run.finetune()?;
+    run.draw()
 }
 
 /// Judges the fine-tuned candidates on the test images, and writes model, policy and report.
@@ -275,6 +279,7 @@ struct Run<'a> {
     metrics: Metrics,
     progress: &'a mut dyn Progress,
     pace: Pace,
+    drawing: Drawing,
     saved: Instant,
 }
 
@@ -328,6 +333,7 @@ impl<'a> Run<'a> {
             metrics,
             progress,
             pace: Pace::default(),
+            drawing: Drawing::default(),
             saved: Instant::now(),
         })
     }
@@ -342,17 +348,15 @@ impl<'a> Run<'a> {
     ) -> Result<(), TrainError> {
         self.metrics.write(line)?;
         let accuracies = [line.test_accuracy, line.validation_accuracy, line.train_accuracy];
-        let left = self.time_left(work);
-        self.progress.report(&Report {
+        self.tell(Report {
             stage: line.stage,
             round: line.round,
             done,
             total,
             loss: line.loss,
             accuracy: accuracies.into_iter().flatten().next(),
-            left,
-        });
-        Ok(())
+            left: self.time_left(work),
+        })
     }
 
     fn save(&mut self) -> Result<(), TrainError> {
