@@ -2,7 +2,8 @@
 //!
 //! A [`Sampler`] proposes policies and is told how good they were. [`compare`] lets several of them
 //! go through stage 2 and 3 of the same run with the same images, as often as there are seeds, and
-//! gives their rewards step by step and what they find. Nothing here looks at the test images.
+//! gives their rewards step by step, how long the steps took, and what they find. But for the times
+//! equal settings give equal trials. Nothing here looks at the test images.
 
 use std::time::Instant;
 
@@ -225,6 +226,8 @@ pub struct Trial {
     pub seed: u64,
     /// Mean reward of each step's policies, on a validation mini-batch each.
     pub rewards: Vec<f64>,
+    /// Seconds from the sampler's start to each step's end: proposing, judging and learning.
+    pub seconds: Vec<f64>,
     /// Mean reward of the policies sampled in the end, on the validation images: accuracy less what
     /// the settings have policies pay.
     pub mean: f64,
@@ -290,6 +293,8 @@ fn try_one(
     let search = &config.search;
     let mut order: Vec<usize> = (0..images.len()).collect();
     let mut rewards = Vec::with_capacity(search.steps);
+    let mut seconds = Vec::with_capacity(search.steps);
+    let started = Instant::now();
     for number in 0..search.steps {
         // All samplers are judged on the same images.
         let mut drawn = rng(config.seed, "compare images", number);
@@ -307,6 +312,7 @@ fn try_one(
         rewards.push(step.iter().sum::<f64>() / step.len().max(1) as f64);
         sampler.study(&Lesson { network, images, batches: &batches })?;
         sampler.learn(&step);
+        seconds.push(started.elapsed().as_secs_f64());
     }
     let mut own = SamplerRng(rng(config.seed, name.name(), search.steps));
     let candidates = sampler.propose(search.samples, &mut own)?;
@@ -320,7 +326,7 @@ fn try_one(
     }
     let policy = best.choice().map_or_else(|| config.silent(), |choice| choice.policy);
     let mean = sum / candidates.len().max(1) as f64;
-    Ok(Trial { sampler: name, seed: config.seed, rewards, mean, best: most, policy })
+    Ok(Trial { sampler: name, seed: config.seed, rewards, seconds, mean, best: most, policy })
 }
 
 #[cfg(test)]

@@ -25,6 +25,8 @@ use crate::run::Judged;
 
 /// Width and height of a curve, in pixels: two fit side by side.
 const CURVE: (u32, u32) = (470, 250);
+/// Of those that set samplers side by side, as wide as the page.
+const COMPARED: (u32, u32) = (940, 420);
 
 /// Charts are drawn in black, which stands for the colour of the page's own writing.
 const STYLE: &str = ":root{color-scheme:light dark;--paper:#fff;--ink:#1f2328;--faint:#5f6a76;--line:#d5d9de;--blue:#1f6feb;--red:#c62828}\
@@ -117,31 +119,41 @@ fn head(title: &str, extra: &str) -> String {
     )
 }
 
-/// A page on what samplers did: rewards step by step, averaged over seeds, and what they found.
+/// A page on what samplers did: rewards by step and by time, averaged over seeds, and what they found.
 pub(crate) fn comparison(trials: &[Trial]) -> Result<String, TrainError> {
     let mut html = head("Samplers on the same weights", "");
-    html.push_str("<table><tr><th>sampler</th><th>seeds</th><th>last tenth of the steps</th><th>mean of the samples</th><th>best of the samples</th></tr>\n");
-    let mut curves = Vec::new();
+    html.push_str("<table><tr><th>sampler</th><th>seeds</th><th>last tenth of the steps</th><th>mean of the samples</th><th>best of the samples</th><th>time of the steps</th></tr>\n");
+    let (mut by_step, mut by_time) = (Vec::new(), Vec::new());
     for sampler in SamplerName::ALL {
         let of = || trials.iter().filter(move |trial| trial.sampler == sampler);
         let count = of().count().max(1) as f64;
         let mean = |value: &dyn Fn(&Trial) -> f64| of().map(value).sum::<f64>() / count;
         let steps = of().map(|trial| trial.rewards.len()).min().unwrap_or(0);
-        let step = |at: usize| (at as f64 + 1.0, 100.0 * mean(&|trial| trial.rewards[at]));
         let _ = writeln!(
             html,
-            "<tr><td>{}</td><td>{count}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+            "<tr><td>{}</td><td>{count}</td><td>{}</td><td>{}</td><td>{}</td><td>{:.1} s</td></tr>",
             sampler.name(),
             percent(mean(&Trial::late)),
             percent(mean(&|trial| trial.mean)),
             percent(mean(&|trial| trial.best)),
+            mean(&|trial| trial.seconds.last().copied().unwrap_or(0.0)),
         );
-        let curve: Vec<(f64, f64)> = (0..steps).map(step).collect();
-        curves.push((sampler.name().to_owned(), smooth(&curve)));
+        let reward = |at: usize| 100.0 * mean(&|trial| trial.rewards[at]);
+        let seconds = |at: usize| mean(&|trial| trial.seconds[at]);
+        let curve = |x: &dyn Fn(usize) -> f64| -> Curve {
+            let points: Vec<(f64, f64)> = (0..steps).map(|at| (x(at), reward(at))).collect();
+            (sampler.name().to_owned(), smooth(&points))
+        };
+        by_step.push(curve(&|at| at as f64 + 1.0));
+        by_time.push(curve(&seconds));
     }
-    html.push_str("</table>\n<p class=\"note\">Rewards, means over seeds: accuracy on validation images, less what the settings have policies pay. Steps see a mini-batch each, the samples at the end all images alike. Curves are running means over a twentieth of the steps.</p>\n");
-    let chart = Chart { title: "", axes: ("step", "reward, %"), size: (940, 420), curves };
-    Ok(html + &chart.draw()? + "</body></html>\n")
+    html.push_str("</table>\n<p class=\"note\">Rewards, means over seeds: accuracy on validation images, less what the settings have policies pay. Steps see a mini-batch each, the samples at the end all images alike. \
+Curves are running means over a twentieth of the steps, against steps and against the time since a sampler's start: proposing, judging and learning, as this machine did them.</p>\n");
+    let charts = [("Reward by step", "step", by_step), ("Reward by time", "seconds", by_time)];
+    for (title, axis, curves) in charts {
+        html += &Chart { title, axes: (axis, "reward, %"), size: COMPARED, curves }.draw()?;
+    }
+    Ok(html + "</body></html>\n")
 }
 
 /// Running means over a twentieth of the points.
@@ -281,5 +293,25 @@ mod tests {
         let page = running(&config, &data, &told, &[]).unwrap();
         assert!(page.contains("3 of 16.</p>") && !page.contains("<svg"), "{page}");
         assert!(!super::page(&config, &data, &[], &lines).unwrap().contains(RELOAD));
+    }
+
+    #[test]
+    fn samplers_are_compared_by_step_and_by_time() {
+        let trial = |sampler, seed, pace: f64| Trial {
+            sampler,
+            seed,
+            rewards: vec![0.5, 0.6, 0.7],
+            seconds: vec![pace, 2.0 * pace, 3.0 * pace],
+            mean: 0.7,
+            best: 0.8,
+            policy: Config::digits().silent(),
+        };
+        let slow = SamplerName::Sinkhorn;
+        let trials = [trial(SamplerName::Random, 1, 1.0), trial(slow, 1, 4.0), trial(slow, 2, 6.0)];
+        let page = comparison(&trials).unwrap();
+        assert!(page.contains("<td>80.00 %</td><td>3.0 s</td>"), "{page}");
+        assert!(page.contains("<td>sinkhorn</td><td>2</td>") && page.contains("15.0 s"), "{page}");
+        assert_eq!(page.matches("<svg").count(), 2);
+        assert!(page.contains("Reward by step") && page.contains("Reward by time"), "{page}");
     }
 }
