@@ -3,8 +3,10 @@
 //! Weights stay as they are. A step lets the controller sample policies, judges each on a validation
 //! mini-batch of its own, and learns from the rewards: the accuracy, less what the policy's traffic
 //! or its latency costs where the settings give them a price. Choosing judges every sampled policy on
-//! the same validation images, all of them or as many as the settings say. The random sampler is
-//! judged on as many images. The test images are never looked at.
+//! the same validation images, all of them or as many as the settings say. The random sampler chooses
+//! once, on the weights of the last round, and its policies are judged on as many images as that round
+//! judges; what the controller learned in earlier rounds, on other weights, has no counterpart. The
+//! test images are never looked at.
 
 use burn::module::Module;
 use rand::seq::SliceRandom;

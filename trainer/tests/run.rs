@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
 
 use std::path::Path;
-use std::process::Command;
-use std::time::Duration;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use snn_schemas::{Dtype, Policy, onnx};
 use snn_trainer::{
@@ -198,6 +198,69 @@ fn assert_same(one: &Path, other: &Path) {
     for name in ["model.onnx", "best.json", "config.toml", "run.json", "report.html"] {
         assert!(read(one, name) == read(other, name), "{name} differs");
     }
+}
+
+/// The program at work; killed when dropped.
+struct Program(Child);
+
+impl Program {
+    /// Starts `snn-train run` on the settings `config`, or goes on with the run that `out` holds.
+    fn start(config: &Path, out: &Path) -> Program {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_snn-train"));
+        program.args(["run", "--quiet", "--resume", "--out"]).arg(out).arg(config);
+        Program(program.stdout(Stdio::null()).spawn().unwrap())
+    }
+
+    /// Kills it without warning once so many lines of `file` contain `text`.
+    fn kill_at(mut self, file: &Path, (count, text): (usize, &str)) {
+        // Far more than any machine needs: only a run that hangs comes to it.
+        let deadline = Instant::now() + Duration::from_secs(300);
+        loop {
+            let seen = std::fs::read_to_string(file).unwrap_or_default();
+            if seen.lines().filter(|line| line.contains(text)).count() >= count {
+                break;
+            }
+            let ended = self.0.try_wait().unwrap();
+            assert!(ended.is_none(), "ended before {count} lines of {text:?}: {ended:?}");
+            assert!(Instant::now() < deadline, "no {count} lines of {text:?}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.0.kill().unwrap(); // SIGKILL
+        let status = self.0.wait().unwrap();
+        assert_eq!(status.code(), None, "ended by itself while it should have been killed");
+    }
+
+    fn end(mut self) {
+        assert!(self.0.wait().unwrap().success());
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // One that has ended cannot be killed, and need not be.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_program_that_is_killed_again_and_again_ends_with_the_same_figures() {
+    let folder = tempfile::tempdir().unwrap();
+    let [whole, parts] = ["whole", "parts"].map(|name| folder.path().join(name));
+    let mut config = tiny();
+    // Enough to do after each kill that it cannot come too late.
+    (config.search.steps, config.search.samples) = (40, 20);
+    let settings = folder.path().join("tiny.toml");
+    std::fs::write(&settings, config.to_toml()).unwrap();
+    Program::start(&settings, &whole).end();
+    // While the weights learn, while the controller does, and while policies are chosen among.
+    let lines = parts.join("metrics.jsonl");
+    Program::start(&settings, &parts).kill_at(&lines, (1, "\"stage\":\"train\""));
+    Program::start(&settings, &parts).kill_at(&lines, (2, "\"stage\":\"search\""));
+    let scores = parts.join("checkpoints/scores.jsonl");
+    Program::start(&settings, &parts).kill_at(&scores, (2, "\"correct\":"));
+    Program::start(&settings, &parts).end();
+    assert_same(&whole, &parts);
 }
 
 #[test]

@@ -1,9 +1,22 @@
 //! A run: the stages tied together, and the folder that holds what they leave behind.
 //!
-//! The folder has `config.toml`, `run.json`, `metrics.jsonl`, `checkpoints/last.ckpt` and `checkpoints/best.ckpt`,
-//! and in the end `model.onnx`, `best.json` and `report.html`. Each stage does what is still missing
-//! up to its goal and no more. So a run that was stopped goes on where its last checkpoint stands,
-//! at most an epoch back, and stages asked for one by one give what one run gives.
+//! Every round trains the weights for its share of the epochs (stage 1), teaches the controller on them
+//! (stage 2), and chooses among the policies it then samples and the one chosen before (stage 3). After
+//! the last round the random sampler chooses once, on the same weights, among as many policies as what
+//! a single round judges allows. Then each candidate is fine-tuned and told the test images, and the
+//! first is exported.
+//!
+//! The folder has `config.toml`, `run.json`, `metrics.jsonl`, a `report.html` that is drawn anew as the
+//! run goes on, and in `checkpoints` the files `last.ckpt`, `best.ckpt` (the epoch with the best
+//! validation accuracy) and `scores.jsonl` (policies judged on the weights as they are now); in the end
+//! also `model.onnx` and `best.json`. Nothing is written before settings, images and the order of the
+//! stages have been checked.
+//!
+//! Each stage does what is still missing up to its goal and no more. So a run that was stopped goes on
+//! where its last checkpoint stands, at most an epoch, half a minute of the controller's steps or one
+//! judged policy back, and ends with the figures of one that was not. Stages asked for one by one give
+//! what a run of one round gives; of several rounds, all of stage 1 then comes before the controller
+//! has learned anything.
 
 mod choosing;
 mod finish;
@@ -117,7 +130,8 @@ pub fn run(
     Ok(run.outcome())
 }
 
-/// Stage 1 alone: the weights, for all epochs, under policies drawn with equal probability.
+/// Stage 1 alone: the weights, for all epochs of all rounds, under the policies that `train.under`
+/// says. A controller has learned nothing by then, and draws with equal probability.
 ///
 /// # Errors
 /// As [`run`].
@@ -134,7 +148,8 @@ pub fn train(
     run.draw()
 }
 
-/// Stages 2 and 3 alone, and the random sampler's choice, on the weights that [`train`] left.
+/// Stages 2 and 3 alone, all rounds of them, and the random sampler's choice, on the weights that
+/// [`train`] left.
 ///
 /// # Errors
 /// As [`run`]; or stage 1 is not done.
