@@ -21,7 +21,7 @@ const MAX_NAME: usize = 40;
 pub enum Source {
     /// The best the controller sampled.
     Searched,
-    /// The best of as many as the same judging allows, drawn with equal probability.
+    /// The best of as many as what one round judges allows, drawn with equal probability.
     Random,
     /// Everybody sends everything, round and round.
     Full,

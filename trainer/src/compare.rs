@@ -2,7 +2,10 @@
 //!
 //! A [`Sampler`] proposes policies and is told how good they were. [`compare`] lets several of them
 //! go through stage 2 and 3 of the same run with the same images, as often as there are seeds, and
-//! gives their rewards step by step and what they find. Nothing here looks at the test images.
+//! gives their rewards step by step, how long the steps took, and what they find. But for the times
+//! equal settings give equal trials. Nothing here looks at the test images.
+
+use std::time::Instant;
 
 use burn::module::Module;
 use rand::RngExt;
@@ -18,7 +21,8 @@ use crate::error::TrainError;
 use crate::judge::{host, judge};
 use crate::net::{Network, Stats};
 use crate::progress::{Progress, Report, Stage};
-use crate::search::{best, price};
+use crate::scores::Scores;
+use crate::search::{Best, judge_sample, price};
 use crate::seed::{Rng, rng};
 use crate::sinkhorn::Differentiable;
 
@@ -222,6 +226,8 @@ pub struct Trial {
     pub seed: u64,
     /// Mean reward of each step's policies, on a validation mini-batch each.
     pub rewards: Vec<f64>,
+    /// Seconds from the sampler's start to each step's end: proposing, judging and learning.
+    pub seconds: Vec<f64>,
     /// Mean reward of the policies sampled in the end, on the validation images: accuracy less what
     /// the settings have policies pay.
     pub mean: f64,
@@ -255,6 +261,7 @@ pub(crate) fn compare(
     let network = network.valid();
     let mut trials = Vec::new();
     let total = seeds.len() * SamplerName::ALL.len();
+    let started = Instant::now();
     for &seed in seeds {
         let config = Config { seed, ..config.clone() };
         for sampler in SamplerName::ALL {
@@ -269,6 +276,7 @@ pub(crate) fn compare(
                 total,
                 loss: None,
                 accuracy,
+                left: Some(started.elapsed().mul_f64((total - done) as f64 / done as f64)),
             });
         }
     }
@@ -285,6 +293,8 @@ fn try_one(
     let search = &config.search;
     let mut order: Vec<usize> = (0..images.len()).collect();
     let mut rewards = Vec::with_capacity(search.steps);
+    let mut seconds = Vec::with_capacity(search.steps);
+    let started = Instant::now();
     for number in 0..search.steps {
         // All samplers are judged on the same images.
         let mut drawn = rng(config.seed, "compare images", number);
@@ -302,17 +312,21 @@ fn try_one(
         rewards.push(step.iter().sum::<f64>() / step.len().max(1) as f64);
         sampler.study(&Lesson { network, images, batches: &batches })?;
         sampler.learn(&step);
+        seconds.push(started.elapsed().as_secs_f64());
     }
     let mut own = SamplerRng(rng(config.seed, name.name(), search.steps));
     let candidates = sampler.propose(search.samples, &mut own)?;
+    let (mut scores, mut best) = (Scores::default(), Best::new(config));
     let (mut sum, mut most) = (0.0, f64::NEG_INFINITY);
-    let choice = best(config, network, &candidates, images, |_, worth| {
-        sum += worth.reward;
-        most = most.max(worth.reward);
-    })?;
-    let policy = choice.map_or_else(|| config.silent(), |choice| choice.policy);
+    for policy in &candidates {
+        let score = scores.of(policy, || judge_sample(config, network, policy, images))?;
+        let reward = best.offer(policy, score)?;
+        sum += reward;
+        most = most.max(reward);
+    }
+    let policy = best.choice().map_or_else(|| config.silent(), |choice| choice.policy);
     let mean = sum / candidates.len().max(1) as f64;
-    Ok(Trial { sampler: name, seed: config.seed, rewards, mean, best: most, policy })
+    Ok(Trial { sampler: name, seed: config.seed, rewards, seconds, mean, best: most, policy })
 }
 
 #[cfg(test)]

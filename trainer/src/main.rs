@@ -298,7 +298,8 @@ impl Bar {
     fn start(&mut self, report: &Report) -> ProgressBar {
         self.finish();
         let bar = ProgressBar::new(report.total as u64);
-        let template = "{prefix:<12} {bar:30} {pos:>5}/{len} {elapsed:>4}, {eta:>4} left  {msg}";
+        // The message says how long all stages will take yet.
+        let template = "{prefix:<12} {bar:30} {pos:>5}/{len} {elapsed:>4}  {msg}";
         bar.set_style(
             ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()),
         );
@@ -318,13 +319,11 @@ impl Progress for Bar {
         if self.quiet {
             return;
         }
-        let mut figures = String::new();
-        if let Some(loss) = report.loss {
-            figures += &format!("loss {loss:.4} ");
-        }
-        if let Some(accuracy) = report.accuracy {
-            figures += &format!("accuracy {:.2} %", 100.0 * accuracy);
-        }
+        let loss = report.loss.map(|loss| format!("loss {loss:.4}"));
+        let accuracy = report.accuracy.map(|part| format!("accuracy {:.2} %", 100.0 * part));
+        let left = report.time_left().map(|left| format!("{left} left in all"));
+        let figures: Vec<String> = [loss, accuracy, left].into_iter().flatten().collect();
+        let figures = figures.join(", ");
         if self.plain {
             let last = report.done == report.total;
             if last || self.told.is_none_or(|told| told.elapsed() > PLAIN_EVERY) {

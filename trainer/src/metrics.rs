@@ -3,14 +3,13 @@
 //! Lines are appended as things happen. [`Metrics::open`] drops lines past a count, so that a
 //! resumed run does not tell twice what it does twice. [`read`] gives the lines back for the report.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::write_whole;
 use crate::error::TrainError;
+use crate::jsonl::Jsonl;
 use crate::progress::Stage;
 
 /// One line.
@@ -40,7 +39,7 @@ pub(crate) struct Line {
     /// What the controller learned from: accuracy less the price of traffic.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) reward: Option<f64>,
-    /// Accuracy on validation images: of a step's mini-batches, or a judgement.
+    /// Accuracy on validation images: after an epoch, of a step's mini-batches, or a judgement.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) validation_accuracy: Option<f64>,
     /// Accuracy on the test images.
@@ -80,8 +79,7 @@ impl Line {
 
 /// The file while a run writes to it.
 pub(crate) struct Metrics {
-    path: PathBuf,
-    file: File,
+    file: Jsonl,
     /// Lines written, in this and earlier sittings.
     pub(crate) lines: usize,
 }
@@ -89,22 +87,12 @@ pub(crate) struct Metrics {
 impl Metrics {
     /// Opens the file for appending after its first `lines` lines; the rest is dropped.
     pub(crate) fn open(path: &Path, lines: usize) -> Result<Metrics, TrainError> {
-        let text = match fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-            Err(error) => return Err(TrainError::io(path)(error)),
-        };
-        let kept: String = text.split_inclusive('\n').take(lines).collect();
-        write_whole(path, kept.as_bytes())?;
-        let file = OpenOptions::new().append(true).open(path).map_err(TrainError::io(path))?;
-        Ok(Metrics { path: path.to_owned(), file, lines })
+        Ok(Metrics { file: Jsonl::open(path, |number, _| number < lines)?, lines })
     }
 
     /// Appends a line.
     pub(crate) fn write(&mut self, line: &Line) -> Result<(), TrainError> {
-        let mut text = serde_json::to_string(line)?;
-        text.push('\n');
-        self.file.write_all(text.as_bytes()).map_err(TrainError::io(&self.path))?;
+        self.file.append(line)?;
         self.lines += 1;
         Ok(())
     }

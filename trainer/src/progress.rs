@@ -1,10 +1,11 @@
 //! How a run tells the outside how far it is.
 //!
-//! The library calls [`Progress::report`] after every epoch and every search step, from the thread
-//! that trains, and [`Progress::warn`] where a run goes on but somebody should know something. Nothing
-//! is printed here: the binary draws a bar and writes warnings, tests pass `&mut ()`.
+//! The library calls [`Progress::report`] after every epoch, search step and judged policy, from the
+//! thread that trains, and [`Progress::warn`] where a run goes on but somebody should know something.
+//! Nothing is printed here: the binary draws a bar and writes warnings, tests pass `&mut ()`.
 
 use std::fmt;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -57,6 +58,23 @@ pub struct Report {
     pub loss: Option<f64>,
     /// Latest accuracy between 0 and 1, where there is one.
     pub accuracy: Option<f64>,
+    /// Time that everything asked for will take yet, all stages together, by how fast it has been.
+    pub left: Option<Duration>,
+}
+
+impl Report {
+    /// [`Report::left`] in words, such as `"40 s"`, `"12 min"`, `"3 h 05 min"` or `"2 d 4 h"`.
+    pub fn time_left(&self) -> Option<String> {
+        let seconds = self.left?.as_secs_f64().round() as u64;
+        let minutes = seconds.div_ceil(60);
+        let (hours, days) = (minutes / 60, minutes / (24 * 60));
+        Some(match (days, hours, minutes) {
+            _ if seconds < 60 => format!("{seconds} s"),
+            (0, 0, _) => format!("{minutes} min"),
+            (0, _, _) => format!("{hours} h {:02} min", minutes % 60),
+            _ => format!("{days} d {} h", hours % 24),
+        })
+    }
 }
 
 /// Whoever wants to know how far a run is.
@@ -77,5 +95,33 @@ impl Progress for () {
 impl<F: FnMut(&Report)> Progress for F {
     fn report(&mut self, report: &Report) {
         self(report);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_left_is_told_in_two_figures() {
+        let told = |seconds: u64| {
+            let left = Some(Duration::from_secs(seconds));
+            let (stage, loss, accuracy) = (Stage::Train, None, None);
+            Report { stage, round: 1, done: 1, total: 2, loss, accuracy, left }.time_left()
+        };
+        let times = [0, 59, 60, 61, 3540, 3541, 7500, 86_340, 86_341, 360_000].map(told);
+        let expected = [
+            "0 s",
+            "59 s",
+            "1 min",
+            "2 min",
+            "59 min",
+            "1 h 00 min",
+            "2 h 05 min",
+            "23 h 59 min",
+            "1 d 0 h",
+            "4 d 4 h",
+        ];
+        assert_eq!(times, expected.map(|text| Some(text.to_owned())));
     }
 }

@@ -3,8 +3,10 @@
 //! Weights stay as they are. A step lets the controller sample policies, judges each on a validation
 //! mini-batch of its own, and learns from the rewards: the accuracy, less what the policy's traffic
 //! or its latency costs where the settings give them a price. Choosing judges every sampled policy on
-//! the same validation images, all of them or as many as the settings say. The random sampler is
-//! judged on as many images. The test images are never looked at.
+//! the same validation images, all of them or as many as the settings say. The random sampler chooses
+//! once, on the weights of the last round, and its policies are judged on as many images as that round
+//! judges; what the controller learned in earlier rounds, on other weights, has no counterpart. The
+//! test images are never looked at.
 
 use burn::module::Module;
 use rand::seq::SliceRandom;
@@ -88,55 +90,62 @@ pub(crate) fn sample(
     Ok(policies(config, rollout.steps))
 }
 
-/// The random sampler's policies: as many as can be chosen among for the images that the search
-/// judged in a round, on the weights both are judged on.
+/// The random sampler's policies, [`random_count`] of them.
 pub(crate) fn random(config: &Config, images: &Dataset) -> Vec<Policy> {
-    let search = &config.search;
-    let batch = config.train.batch.min(images.len());
-    let judged = search.steps * search.policies_per_step * batch;
-    let count = search.samples + judged.div_ceil(config.judged_images(images.len()).max(1));
+    let count = random_count(config, images.len());
     random_policies(config, count, &mut rng(config.seed, "random", 0))
 }
 
-/// A policy judged in stage 3.
-#[derive(Clone, Copy)]
-pub(crate) struct Worth {
-    /// Told right of the validation images.
-    pub(crate) accuracy: f64,
-    /// The accuracy less [`price`].
-    pub(crate) reward: f64,
+/// How many policies the random sampler chooses among: as many as can be judged on `images` validation
+/// images for what stages 2 and 3 judge in a round, on the weights both are judged on.
+pub(crate) fn random_count(config: &Config, images: usize) -> usize {
+    let judged = config.search.steps * judged_in_step(config, images);
+    config.search.samples + judged.div_ceil(config.judged_images(images).max(1))
 }
 
-/// The best of `candidates`, in reward, on the validation images; calls `done` after each.
-pub(crate) fn best(
+/// Images that a step of the controller judges, of `images` validation images.
+pub(crate) fn judged_in_step(config: &Config, images: usize) -> usize {
+    config.search.policies_per_step * config.train.batch.min(images)
+}
+
+/// A policy of stage 3 on the validation images it is judged on.
+pub(crate) fn judge_sample(
     config: &Config,
     network: &Network,
-    candidates: &[Policy],
+    policy: &Policy,
     images: &Dataset,
-    mut done: impl FnMut(usize, Worth),
-) -> Result<Option<Choice>, TrainError> {
+) -> Result<Score, TrainError> {
     // Drawn by seed when the data was split: the first are as good as any.
     let judged: Vec<usize> = (0..config.judged_images(images.len())).collect();
-    // A controller that has settled samples the same policy again and again.
-    let mut known: Vec<(&Policy, Score, f64)> = Vec::new();
-    let mut best: Option<((f64, f64), Choice)> = None;
-    for (index, policy) in candidates.iter().enumerate() {
-        let (validation, reward) = match known.iter().find(|seen| seen.0.steps == policy.steps) {
-            Some(&(_, validation, reward)) => (validation, reward),
-            None => {
-                let validation = judge(network, policy, images, &judged, Stats::Batch)?;
-                let reward = validation.accuracy() - price(config, policy)?;
-                known.push((policy, validation, reward));
-                (validation, reward)
-            }
-        };
-        let worth = (reward, -validation.loss); // of equal rewards the smaller loss
-        if best.as_ref().is_none_or(|(most, _)| worth > *most) {
-            best = Some((worth, Choice { policy: policy.clone(), validation }));
-        }
-        done(index + 1, Worth { accuracy: validation.accuracy(), reward });
+    judge(network, policy, images, &judged, Stats::Batch)
+}
+
+/// The best of the policies offered so far, in reward.
+pub(crate) struct Best<'a> {
+    config: &'a Config,
+    best: Option<((f64, f64), Choice)>,
+}
+
+impl<'a> Best<'a> {
+    /// Before the first.
+    pub(crate) fn new(config: &'a Config) -> Best<'a> {
+        Best { config, best: None }
     }
-    Ok(best.map(|(_, choice)| choice))
+
+    /// Takes a policy and how it was judged; gives its reward, the accuracy less [`price`].
+    pub(crate) fn offer(&mut self, policy: &Policy, validation: Score) -> Result<f64, TrainError> {
+        let reward = validation.accuracy() - price(self.config, policy)?;
+        let worth = (reward, -validation.loss); // of equal rewards the smaller loss
+        if self.best.as_ref().is_none_or(|(most, _)| worth > *most) {
+            self.best = Some((worth, Choice { policy: policy.clone(), validation }));
+        }
+        Ok(reward)
+    }
+
+    /// The best; of equal ones the first.
+    pub(crate) fn choice(self) -> Option<Choice> {
+        self.best.map(|(_, choice)| choice)
+    }
 }
 
 #[cfg(test)]
@@ -146,17 +155,24 @@ mod tests {
     use crate::data::Data;
     use burn::tensor::Device;
 
+    fn choose(config: &Config, candidates: &[Policy], images: &Dataset) -> Choice {
+        let network = Network::new(&config.net, 1, &Device::flex());
+        let mut best = Best::new(config);
+        for policy in candidates {
+            let score = judge_sample(config, &network, policy, images).unwrap();
+            best.offer(policy, score).unwrap();
+        }
+        best.choice().unwrap()
+    }
+
     /// A network that has learned nothing tells policies apart by chance alone; a price outweighs it.
     #[test]
     fn a_price_on_bytes_makes_silence_the_best_policy() {
         let mut config = Config::digits();
         config.search.judged_images = 40;
         let images = Data::load(&config, None).unwrap().validation;
-        let network = Network::new(&config.net, 1, &Device::flex());
         let candidates = [full(&config), config.silent()];
-        let choose = |config: &Config| {
-            best(config, &network, &candidates, &images, |_, _| {}).unwrap().unwrap()
-        };
+        let choose = |config: &Config| choose(config, &candidates, &images);
         assert_eq!(choose(&config).validation.images, 40);
         assert_eq!(price(&config, &candidates[0]).unwrap(), 0.0);
         config.search.lambda_wire = 1000.0;
@@ -177,13 +193,11 @@ mod tests {
         config.search.judged_images = 40;
         config.search.lambda_latency = 1000.0;
         let images = Data::load(&config, None).unwrap().validation;
-        let network = Network::new(&config.net, 1, &Device::flex());
         let everything = full(&config);
         let mut half = everything.clone();
         half.steps.iter_mut().for_each(|step| step.level = 0);
-        let choose = |config: &Config, candidates: &[Policy]| {
-            best(config, &network, candidates, &images, |_, _| {}).unwrap().unwrap().policy
-        };
+        let choose =
+            |config: &Config, candidates: &[Policy]| choose(config, candidates, &images).policy;
         config.search.link = "1mbit,1ms".to_owned();
         let all = [everything.clone(), half.clone(), config.silent()];
         assert_eq!(choose(&config, &all), config.silent());

@@ -52,8 +52,18 @@ pub(crate) struct Ledger {
     pub(crate) validation: BTreeMap<String, Score>,
     /// Fine-tuned candidates on the test images.
     pub(crate) test: BTreeMap<String, Score>,
+    /// The best epoch so far, on the validation images: what `best.ckpt` is of.
+    #[serde(default)]
+    pub(crate) best: Option<Score>,
     /// Lines of `metrics.jsonl` that belong to all this.
     pub(crate) lines: usize,
+}
+
+impl Ledger {
+    /// What there is of policies with levels, or of those without, as `levels` says.
+    pub(crate) fn found(&self, config: &Config, levels: bool) -> &Found {
+        if levels == config.exchange.search_levels { &self.main } else { &self.other }
+    }
 }
 
 /// What has been looked for and found among policies with levels, or among those without.
@@ -107,7 +117,9 @@ impl State {
         sections.insert("sgd".to_owned(), self.sgd.into_bytes().map_err(tensor)?.to_vec());
         for (reinforce, suffix) in [(&self.main, ""), (&self.other, OTHER)] {
             let (baseline, adam) = reinforce.memory()?;
-            sections.insert(format!("baseline{suffix}"), serde_json::to_vec(&baseline)?);
+            // As its bits: a number read from JSON may be off by the last one.
+            let bits = baseline.map(f64::to_bits);
+            sections.insert(format!("baseline{suffix}"), serde_json::to_vec(&bits)?);
             sections.insert(format!("adam{suffix}"), adam);
             sections.insert(format!("controller{suffix}"), record(&reinforce.controller)?);
         }
@@ -155,7 +167,12 @@ fn remember(
     suffix: &str,
     part: &mut impl FnMut(&str) -> Result<Vec<u8>, String>,
 ) -> Result<Reinforce, String> {
-    let baseline: Option<f64> = from_json(&part(&format!("baseline{suffix}"))?)?;
+    let baseline = part(&format!("baseline{suffix}"))?;
+    // Older runs have the number itself, which is never written as a whole one.
+    let baseline: Option<f64> = match from_json::<Option<u64>>(&baseline) {
+        Ok(bits) => bits.map(f64::from_bits),
+        Err(_) => from_json(&baseline)?,
+    };
     let adam = part(&format!("adam{suffix}"))?;
     let weights = part(&format!("controller{suffix}"))?;
     fresh.remember(baseline, adam, |controller| load(controller, weights))
@@ -184,6 +201,7 @@ fn tensor(error: impl fmt::Display) -> TrainError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::seed::rng;
     use burn::tensor::Tensor;
 
     /// Ledgers were written without a second search before there were candidates to choose.
@@ -194,6 +212,30 @@ mod tests {
         let ledger: Ledger = from_json(json).unwrap();
         assert_eq!((ledger.epochs, ledger.main.steps, ledger.lines), (8, 3, 11));
         assert_eq!((ledger.other, ledger.tuned["searched"]), (Found::default(), 1));
+        assert_eq!(ledger.best, None);
+    }
+
+    #[test]
+    fn the_baseline_comes_back_to_the_last_bit() {
+        let config = Config::digits();
+        let device = Device::flex().autodiff();
+        let mut state = State::fresh(&config, &device);
+        let learn = |state: &State, reward: f64| {
+            let rollout = state.main.controller.sample(1, &mut rng(1, "test", 0)).unwrap();
+            state.main.clone().learn(rollout, &[reward])
+        };
+        // Read as decimals the first three would be off by a bit.
+        for reward in [1.0 / 11.0, 2.0 / 11.0, 13.0 / 11.0, 1.0] {
+            state.main = learn(&State::fresh(&config, &device), reward);
+            let baseline = state.main.memory().unwrap().0;
+            assert!(baseline.is_some());
+            let again = State::restore(&config, &device, state.sections().unwrap()).unwrap();
+            assert_eq!(again.main.memory().unwrap().0, baseline);
+            let mut sections = state.sections().unwrap();
+            sections.insert("baseline".to_owned(), b"0.75".to_vec());
+            let older = State::restore(&config, &device, sections).unwrap();
+            assert_eq!(older.main.memory().unwrap().0, Some(0.75));
+        }
     }
 
     /// Their candidates' weights stood under the bare name.

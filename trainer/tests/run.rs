@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use snn_schemas::{Dtype, Policy, onnx};
 use snn_trainer::{
@@ -64,10 +65,15 @@ fn a_run_leaves_a_model_whose_predictions_are_those_of_training() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("run");
     let config = tiny();
-    let mut stages = Vec::new();
-    let mut listen = |report: &Report| stages.push(report.stage);
+    let (mut stages, mut left) = (Vec::new(), Vec::new());
+    let mut listen = |report: &Report| {
+        stages.push(report.stage);
+        left.push(report.left.unwrap());
+    };
     let outcome = snn_trainer::run(&config, None, &out, false, &mut listen).unwrap();
     stages.dedup();
+    assert!(left[0] > Duration::ZERO);
+    assert_eq!(left.last(), Some(&Duration::ZERO));
     let round = [Stage::Train, Stage::Search, Stage::Select];
     let end = [Stage::Baseline, Stage::Finetune, Stage::Test, Stage::Export];
     assert_eq!(stages, [&round[..], &round, &end].concat());
@@ -114,6 +120,7 @@ fn a_run_leaves_a_model_whose_predictions_are_those_of_training() {
     let page = String::from_utf8(read(&out, "report.html")).unwrap();
     assert!(page.contains("Stage 1: loss") && page.contains("<td>searched</td>"));
     assert!(page.contains("t2: decision") && page.contains("Fine-tuning: loss"));
+    assert!(!page.contains("Not finished"));
     assert!(!page.contains("http://") || page.matches("http://").all(|found| found.len() == 7));
 }
 
@@ -182,10 +189,107 @@ fn a_run_that_was_stopped_ends_as_one_that_was_not() {
         assert!(stopped.is_err(), "stop {stop} came after the end");
     }
     snn_trainer::run(&config, None, &parts, true, &mut ()).unwrap();
-    assert_eq!(metrics(&whole), metrics(&parts));
+    assert_same(&whole, &parts);
+}
+
+/// Checks that two runs have the same figures and left the same files.
+fn assert_same(one: &Path, other: &Path) {
+    assert_eq!(metrics(one), metrics(other));
     for name in ["model.onnx", "best.json", "config.toml", "run.json", "report.html"] {
-        assert!(read(&whole, name) == read(&parts, name), "{name} differs");
+        assert!(read(one, name) == read(other, name), "{name} differs");
     }
+}
+
+/// The program at work; killed when dropped.
+struct Program(Child);
+
+impl Program {
+    /// Starts `snn-train run` on the settings `config`, or goes on with the run that `out` holds.
+    fn start(config: &Path, out: &Path) -> Program {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_snn-train"));
+        program.args(["run", "--quiet", "--resume", "--out"]).arg(out).arg(config);
+        Program(program.stdout(Stdio::null()).spawn().unwrap())
+    }
+
+    /// Kills it without warning once so many lines of `file` contain `text`.
+    fn kill_at(mut self, file: &Path, (count, text): (usize, &str)) {
+        // Far more than any machine needs: only a run that hangs comes to it.
+        let deadline = Instant::now() + Duration::from_secs(300);
+        loop {
+            let seen = std::fs::read_to_string(file).unwrap_or_default();
+            if seen.lines().filter(|line| line.contains(text)).count() >= count {
+                break;
+            }
+            let ended = self.0.try_wait().unwrap();
+            assert!(ended.is_none(), "ended before {count} lines of {text:?}: {ended:?}");
+            assert!(Instant::now() < deadline, "no {count} lines of {text:?}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.0.kill().unwrap(); // SIGKILL
+        let status = self.0.wait().unwrap();
+        assert_eq!(status.code(), None, "ended by itself while it should have been killed");
+    }
+
+    fn end(mut self) {
+        assert!(self.0.wait().unwrap().success());
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // One that has ended cannot be killed, and need not be.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_program_that_is_killed_again_and_again_ends_with_the_same_figures() {
+    let folder = tempfile::tempdir().unwrap();
+    let [whole, parts] = ["whole", "parts"].map(|name| folder.path().join(name));
+    let mut config = tiny();
+    // Enough to do after each kill that it cannot come too late.
+    (config.search.steps, config.search.samples) = (40, 20);
+    let settings = folder.path().join("tiny.toml");
+    std::fs::write(&settings, config.to_toml()).unwrap();
+    Program::start(&settings, &whole).end();
+    // While the weights learn, while the controller does, and while policies are chosen among.
+    let lines = parts.join("metrics.jsonl");
+    Program::start(&settings, &parts).kill_at(&lines, (1, "\"stage\":\"train\""));
+    Program::start(&settings, &parts).kill_at(&lines, (2, "\"stage\":\"search\""));
+    let scores = parts.join("checkpoints/scores.jsonl");
+    Program::start(&settings, &parts).kill_at(&scores, (2, "\"correct\":"));
+    Program::start(&settings, &parts).end();
+    assert_same(&whole, &parts);
+}
+
+#[test]
+fn policies_that_were_judged_before_a_stop_are_not_judged_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path();
+    let mut config = tiny();
+    (config.train.epochs, config.search.rounds) = (1, 1);
+    snn_trainer::train(&config, None, out, false, &mut ()).unwrap();
+    let stopped = std::panic::catch_unwind(|| {
+        let mut listen = |report: &Report| {
+            if report.stage == Stage::Select && report.done == 2 {
+                std::panic::resume_unwind(Box::new("stopped"));
+            }
+        };
+        snn_trainer::search(&config, None, out, &mut listen)
+    });
+    assert!(stopped.is_err());
+    // As if the first had told all images right.
+    let path = out.join("checkpoints/scores.jsonl");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (first, others) = text.split_once('\n').unwrap();
+    let mut first: serde_json::Value = serde_json::from_str(first).unwrap();
+    first["correct"] = first["images"].clone();
+    std::fs::write(&path, format!("{first}\n{others}")).unwrap();
+    snn_trainer::search(&config, None, out, &mut ()).unwrap();
+    let lines = metrics(out);
+    let chosen = lines.iter().find(|line| line["stage"] == "select").unwrap();
+    assert_eq!(chosen["validation_accuracy"], 1.0);
 }
 
 /// Keeps what it is warned of.
@@ -268,8 +372,10 @@ fn a_full_disk_ends_a_run_that_can_be_gone_on_with() {
     let TrainError::Io { path, source } = &error else { panic!("{error}") };
     assert_eq!(source.kind(), std::io::ErrorKind::StorageFull);
     assert!(path.starts_with(&out) && error.to_string().lines().count() == 1, "{error}");
-    let files: Vec<_> = std::fs::read_dir(out.join("checkpoints")).unwrap().collect();
-    assert_eq!(files.len(), 1, "nothing half written is left");
+    let files = std::fs::read_dir(out.join("checkpoints")).unwrap();
+    let mut files: Vec<_> = files.map(|file| file.unwrap().file_name()).collect();
+    files.sort();
+    assert_eq!(files, ["best.ckpt", "last.ckpt"], "nothing half written is left");
     // With room again the run goes on from its last checkpoint, and ends as if nothing had been.
     std::fs::remove_file(&ballast).unwrap();
     snn_trainer::train(&config, None, &out, true, &mut ()).unwrap();
@@ -284,7 +390,10 @@ fn stages_one_by_one_and_out_of_order() {
     let sentence = |result: Result<(), TrainError>| result.unwrap_err().to_string();
     let early = sentence(snn_trainer::search(&config, None, out, &mut ()));
     assert!(early.ends_with("has no trained weights; run \"train\" first"), "{early}");
+    assert_eq!(std::fs::read_dir(out).unwrap().count(), 0, "what is refused writes nothing");
     snn_trainer::train(&config, None, out, false, &mut ()).unwrap();
+    let page = String::from_utf8(read(out, "report.html")).unwrap();
+    assert!(page.contains("Not finished: train, round 2 of 2, 2 of 2; 0 s left"), "{page}");
     let early = sentence(snn_trainer::finetune(&config, None, out, &mut ()));
     assert!(early.ends_with("has no chosen policy; run \"search\" first"), "{early}");
     snn_trainer::search(&config, None, out, &mut ()).unwrap();
@@ -386,8 +495,12 @@ fn a_folder_in_use_and_other_settings_are_refused() {
     let sha256 = Data::load(&config, None).unwrap().sha256;
     assert!(about.contains(&sha256));
     std::fs::write(out.join("run.json"), about.replace(&sha256, "0")).unwrap();
-    let images = snn_trainer::search(&other, None, out, &mut ()).unwrap_err().to_string();
+    let settings = read(out, "config.toml");
+    let mut changed = other.clone();
+    changed.finetune.epochs += 1;
+    let images = snn_trainer::search(&changed, None, out, &mut ()).unwrap_err().to_string();
     assert!(images.ends_with("was begun with other images"), "{images}");
+    assert!(read(out, "config.toml") == settings, "what is refused changes nothing");
     std::fs::write(out.join("run.json"), about).unwrap();
 
     let checkpoint = out.join("checkpoints/last.ckpt");

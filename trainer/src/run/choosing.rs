@@ -1,20 +1,38 @@
 //! Stages 2 and 3 of a run, and the random sampler's choice, among the policies candidates ask for.
 //!
 //! Policies with levels and policies without are looked for apart, each by a controller of its own
-//! with the same budget, and only where a candidate wants them.
+//! with the same budget, and only where a candidate wants them. Every policy that is judged is written
+//! down at once: a run that is stopped while it chooses goes on with the next one.
 
 use std::time::Instant;
 
 use snn_schemas::Policy;
 
+use super::folder::{CHECKPOINTS, SCORES};
+use super::left::Work;
 use super::{Run, SAVE_EVERY};
 use crate::candidate::{self, Candidate, Source};
+use crate::config::Config;
 use crate::controller::Reinforce;
 use crate::error::TrainError;
 use crate::metrics::Line;
 use crate::progress::{Report, Stage};
-use crate::search;
-use crate::state::{Choice, Found};
+use crate::scores::{Scores, shorthand};
+use crate::search::{self, Best};
+use crate::state::{Choice, Found, Ledger};
+
+/// Whether every candidate has its policy.
+pub(super) fn has_chosen(config: &Config, ledger: &Ledger) -> bool {
+    let chosen = |candidate: &Candidate| {
+        let found = ledger.found(config, candidate.with_levels());
+        match candidate.source {
+            Source::Searched => found.selections.len() >= config.search.rounds,
+            Source::Random => found.random.is_some(),
+            Source::Full | Source::Silent => true,
+        }
+    };
+    config.candidates().iter().all(chosen)
+}
 
 impl Run<'_> {
     /// Stages 2 and 3 of a round.
@@ -41,19 +59,6 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Whether every candidate has its policy.
-    pub(super) fn has_chosen(&self) -> bool {
-        let chosen = |candidate: &Candidate| {
-            let found = self.found(candidate.with_levels());
-            match candidate.source {
-                Source::Searched => found.selections.len() >= self.config.search.rounds,
-                Source::Random => found.random.is_some(),
-                Source::Full | Source::Silent => true,
-            }
-        };
-        self.candidates.iter().all(chosen)
-    }
-
     /// The policy of a candidate: the silent one while nothing has been chosen.
     pub(super) fn policy(&self, candidate: &Candidate) -> Policy {
         let found = self.found(candidate.with_levels());
@@ -71,7 +76,7 @@ impl Run<'_> {
     }
 
     /// The kinds of policies, with levels or without, that candidates of `source` want.
-    fn spaces(&self, source: Source) -> Vec<bool> {
+    pub(super) fn spaces(&self, source: Source) -> Vec<bool> {
         let main = self.config.exchange.search_levels;
         let wanted = |levels: &bool| {
             let mut of_source = self.candidates.iter().filter(|other| other.source == source);
@@ -86,8 +91,7 @@ impl Run<'_> {
     }
 
     pub(super) fn found(&self, levels: bool) -> &Found {
-        let ledger = &self.state.ledger;
-        if self.is_main(levels) { &ledger.main } else { &ledger.other }
+        self.state.ledger.found(self.config, levels)
     }
 
     fn found_mut(&mut self, levels: bool) -> &mut Found {
@@ -108,6 +112,7 @@ impl Run<'_> {
         while self.found(levels).steps < (round + 1) * steps {
             let started = Instant::now();
             let number = self.found(levels).steps;
+            let judged = search::judged_in_step(&config, self.data.validation.len());
             let reinforce = self.reinforce(levels).clone();
             let images = &self.data.validation;
             let (learned, step) = search::step(reinforce, &network, images, (&config, number))?;
@@ -116,6 +121,7 @@ impl Run<'_> {
                 false => self.state.other = learned,
             }
             self.found_mut(levels).steps += 1;
+            self.pace.judged(judged, started.elapsed());
             let line = Line {
                 search_levels: Some(levels),
                 validation_accuracy: Some(step.accuracy),
@@ -125,7 +131,7 @@ impl Run<'_> {
                 seconds: started.elapsed().as_secs_f64(),
                 ..Line::new(Stage::Search, round + 1, number + 1)
             };
-            self.note(&line, number + 1 - round * steps, steps)?;
+            self.note(&line, (number + 1 - round * steps, steps), Work::default())?;
             if self.saved.elapsed() > SAVE_EVERY || number + 1 == (round + 1) * steps {
                 self.save()?;
             }
@@ -147,6 +153,7 @@ impl Run<'_> {
         self.save()
     }
 
+    /// The best of `candidates` on the shared weights.
     fn choose(
         &mut self,
         stage: Stage,
@@ -155,31 +162,37 @@ impl Run<'_> {
     ) -> Result<Option<Choice>, TrainError> {
         let started = Instant::now();
         let network = self.state.network.inference();
-        let progress = &mut *self.progress;
-        let mut best = 0.0_f64;
-        let images = &self.data.validation;
-        let choice = search::best(self.config, &network, candidates, images, |done, worth| {
-            best = best.max(worth.accuracy);
-            let total = candidates.len();
-            let accuracy = Some(best);
-            let round = round + 1;
-            progress.report(&Report { stage, round, done, total, loss: None, accuracy });
-        })?;
+        let (epochs, total) = (self.state.ledger.epochs, candidates.len());
+        let images = self.config.judged_images(self.data.validation.len());
+        let path = self.folder.join(CHECKPOINTS).join(SCORES);
+        let mut scores = Scores::open(&path, epochs, images)?;
+        let mut best = Best::new(self.config);
+        let mut most = 0.0_f64;
+        for (policy, done) in candidates.iter().zip(1..) {
+            let score = scores.of(policy, || {
+                let judging = Instant::now();
+                let (config, validation) = (self.config, &self.data.validation);
+                let score = search::judge_sample(config, &network, policy, validation)?;
+                self.pace.judged(images, judging.elapsed());
+                Ok(score)
+            })?;
+            best.offer(policy, score)?;
+            most = most.max(score.accuracy());
+            let left = self.time_left(Work { fitted: 0, judged: done * images });
+            let (round, loss, accuracy) = (round + 1, None, Some(most));
+            self.tell(Report { stage, round, done, total, loss, accuracy, left })?;
+        }
+        let choice = best.choice();
         let score = choice.as_ref().map(|choice| choice.validation);
-        let score = score.map(|score| score.finite(stage, self.state.ledger.epochs)).transpose()?;
+        let score = score.map(|score| score.finite(stage, epochs)).transpose()?;
         let line = Line {
             search_levels: Some(levels),
             loss: score.map(|score| score.loss),
             validation_accuracy: score.map(|score| score.accuracy()),
             seconds: started.elapsed().as_secs_f64(),
-            ..Line::new(stage, round + 1, candidates.len())
+            ..Line::new(stage, round + 1, total)
         };
         self.metrics.write(&line)?;
         Ok(choice)
     }
-}
-
-/// A policy's decisions and levels as `metrics.jsonl` has them.
-fn shorthand(policy: &Policy) -> Vec<[usize; 2]> {
-    policy.steps.iter().map(|step| [step.decision.id(), step.level]).collect()
 }

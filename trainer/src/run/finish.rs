@@ -1,11 +1,13 @@
-//! The end of a run: the test images, the exported model and policy, the report.
+//! The end of a run: the test images, the exported model and policy, the report. And the report before
+//! the end, so that a run can be watched.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use snn_schemas::Policy;
 
 use super::folder::{METRICS, MODEL, POLICY, REPORT, TOOL};
+use super::left::Work;
 use super::{Judged, Outcome, Run};
 use crate::checkpoint::write_whole;
 use crate::error::TrainError;
@@ -17,7 +19,45 @@ use crate::progress::{Report, Stage};
 use crate::report;
 use crate::wire::Wire;
 
+/// How long the report stands, at the least, until it is drawn anew: who watches needs it no sooner.
+const DRAW_EVERY: Duration = Duration::from_secs(10);
+/// And at the least so many times as long as drawing it took, which grows with the run: a fiftieth of
+/// a run's time is enough.
+const DRAW_SHARE: u32 = 50;
+
+/// The report while a run goes on.
+#[derive(Default)]
+pub(super) struct Drawing {
+    /// When it was drawn last, and how long that took.
+    last: Option<(Instant, Duration)>,
+    /// How far the run is, where that is not in it.
+    news: Option<Report>,
+}
+
 impl Run<'_> {
+    /// Tells whoever listens, and draws the report anew where it is time.
+    pub(super) fn tell(&mut self, told: Report) -> Result<(), TrainError> {
+        self.progress.report(&told);
+        self.drawing.news = Some(told);
+        let due =
+            |(at, took): (Instant, Duration)| at.elapsed() >= DRAW_EVERY.max(took * DRAW_SHARE);
+        match self.drawing.last.is_none_or(due) {
+            true => self.draw(),
+            false => Ok(()),
+        }
+    }
+
+    /// Draws the report of the run as it stands, if there is news.
+    pub(super) fn draw(&mut self) -> Result<(), TrainError> {
+        let Some(told) = self.drawing.news.take() else { return Ok(()) };
+        let started = Instant::now();
+        let lines = metrics::read(&self.folder.join(METRICS))?;
+        let page = report::running(self.config, &self.data, &told, &lines)?;
+        write_whole(&self.folder.join(REPORT), page.as_bytes())?;
+        self.drawing.last = Some((Instant::now(), started.elapsed()));
+        Ok(())
+    }
+
     /// The test images, once a candidate.
     pub(super) fn test(&mut self) -> Result<(), TrainError> {
         let candidates = self.candidates.clone();
@@ -32,6 +72,7 @@ impl Run<'_> {
             let score = judge_all(&network.inference(), &policy, &self.data.test, Stats::Stored)?;
             let score = score.finite(Stage::Test, self.config.finetune.epochs)?;
             self.state.ledger.test.insert(name.clone(), score);
+            self.pace.judged(score.images, started.elapsed());
             let line = Line {
                 candidate: Some(name.clone()),
                 loss: Some(score.loss),
@@ -39,9 +80,10 @@ impl Run<'_> {
                 seconds: started.elapsed().as_secs_f64(),
                 ..Line::new(Stage::Test, self.config.search.rounds, index + 1)
             };
-            self.note(&line, index + 1, candidates.len())?;
+            self.note(&line, (index + 1, candidates.len()), Work::default())?;
+            self.save()?;
         }
-        self.save()
+        Ok(())
     }
 
     /// Model, policy and report.
@@ -59,9 +101,10 @@ impl Run<'_> {
         let lines = metrics::read(&self.folder.join(METRICS))?;
         let page = report::page(self.config, &self.data, &judged, &lines)?;
         write_whole(&self.folder.join(REPORT), page.as_bytes())?;
-        let (round, done, total) = (self.config.search.rounds, 1, 1);
-        let stage = Stage::Export;
-        self.progress.report(&Report { stage, round, done, total, loss: None, accuracy: None });
+        let (stage, round, left) =
+            (Stage::Export, self.config.search.rounds, self.time_left(Work::default()));
+        let told = Report { stage, round, done: 1, total: 1, loss: None, accuracy: None, left };
+        self.progress.report(&told);
         Ok(())
     }
 

@@ -1,19 +1,22 @@
 //! The folder of a run: what its files are called, and what may be gone on with.
 //!
 //! Knows the names, writes what a run is made of (`run.json`), reads the settings back, and refuses
-//! to go on under settings or with images other than those that what is done was done with.
+//! to go on under settings or with images other than those that what is done was done with, or with a
+//! stage before those it builds on. What refuses writes nothing.
 
 use std::fs;
 use std::path::Path;
 
 use serde_json::json;
 
+use super::choosing::has_chosen;
 use crate::candidate::Candidate;
 use crate::checkpoint::write_whole;
 use crate::config::Config;
 use crate::data::Data;
 use crate::error::TrainError;
-use crate::state::State;
+use crate::progress::Stage;
+use crate::state::{Ledger, State};
 
 /// Who wrote a run, in its files.
 pub(super) const TOOL: &str = concat!("snn-train ", env!("CARGO_PKG_VERSION"), ", burn 0.22");
@@ -24,21 +27,28 @@ pub(super) const METRICS: &str = "metrics.jsonl";
 pub(super) const CHECKPOINTS: &str = "checkpoints";
 pub(super) const LAST: &str = "last.ckpt";
 pub(super) const BEST: &str = "best.ckpt";
+pub(super) const SCORES: &str = "scores.jsonl";
 pub(super) const MODEL: &str = "model.onnx";
 pub(super) const POLICY: &str = "best.json";
 pub(super) const REPORT: &str = "report.html";
 pub(super) const COMPARE: &str = "compare.json";
 pub(super) const COMPARE_PAGE: &str = "compare.html";
 
-/// Writes what the run is made of; refuses images other than those it was begun with.
-pub(super) fn write_about(folder: &Path, config: &Config, data: &Data) -> Result<(), TrainError> {
-    let path = folder.join(ABOUT);
+/// Refuses images other than those that the run was begun with.
+pub(super) fn check_images(folder: &Path, data: &Data) -> Result<(), TrainError> {
     let before: Option<serde_json::Value> =
-        fs::read(&path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
-    if before.is_some_and(|before| before["dataset"]["sha256"] != data.sha256.as_str()) {
-        let folder = folder.display();
-        return Err(TrainError::Data(format!("{folder}: was begun with other images")));
+        fs::read(folder.join(ABOUT)).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    match before.is_some_and(|before| before["dataset"]["sha256"] != data.sha256.as_str()) {
+        true => {
+            let folder = folder.display();
+            Err(TrainError::Data(format!("{folder}: was begun with other images")))
+        }
+        false => Ok(()),
     }
+}
+
+/// Writes what the run is made of.
+pub(super) fn write_about(folder: &Path, config: &Config, data: &Data) -> Result<(), TrainError> {
     let about = json!({
         "tool": TOOL,
         "seed": config.seed,
@@ -51,7 +61,7 @@ pub(super) fn write_about(folder: &Path, config: &Config, data: &Data) -> Result
             "skipped": data.skipped,
         },
     });
-    write_whole(&path, serde_json::to_string_pretty(&about)?.as_bytes())
+    write_whole(&folder.join(ABOUT), serde_json::to_string_pretty(&about)?.as_bytes())
 }
 
 /// The settings stored in a run folder.
@@ -92,4 +102,27 @@ pub(super) fn check_same(config: &Config, folder: &Path, state: &State) -> Resul
         Some((section, _)) => Err(TrainError::Other { path: folder.to_owned(), section }),
         None => Ok(()),
     }
+}
+
+/// Refuses a stage before those it builds on are done.
+pub(super) fn check_order(
+    stage: Stage,
+    config: &Config,
+    folder: &Path,
+    ledger: &Ledger,
+) -> Result<(), TrainError> {
+    let trained = ledger.epochs >= config.train.epochs;
+    let tuned = |candidate: &Candidate| ledger.validation.contains_key(&candidate.name);
+    let (missing, before) = match stage {
+        Stage::Train => return Ok(()),
+        _ if !trained => ("trained weights", Stage::Train),
+        Stage::Finetune | Stage::Export if !has_chosen(config, ledger) => {
+            ("chosen policy", Stage::Search)
+        }
+        Stage::Export if !config.candidates().iter().all(tuned) => {
+            ("fine-tuned weights", Stage::Finetune)
+        }
+        _ => return Ok(()),
+    };
+    Err(TrainError::Order { stage, path: folder.to_owned(), missing, before })
 }

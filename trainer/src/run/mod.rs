@@ -1,13 +1,27 @@
 //! A run: the stages tied together, and the folder that holds what they leave behind.
 //!
-//! The folder has `config.toml`, `run.json`, `metrics.jsonl`, `checkpoints/last.ckpt` and `checkpoints/best.ckpt`,
-//! and in the end `model.onnx`, `best.json` and `report.html`. Each stage does what is still missing
-//! up to its goal and no more. So a run that was stopped goes on where its last checkpoint stands,
-//! at most an epoch back, and stages asked for one by one give what one run gives.
+//! Every round trains the weights for its share of the epochs (stage 1), teaches the controller on them
+//! (stage 2), and chooses among the policies it then samples and the one chosen before (stage 3). After
+//! the last round the random sampler chooses once, on the same weights, among as many policies as what
+//! a single round judges allows. Then each candidate is fine-tuned and told the test images, and the
+//! first is exported.
+//!
+//! The folder has `config.toml`, `run.json`, `metrics.jsonl`, a `report.html` that is drawn anew as the
+//! run goes on, and in `checkpoints` the files `last.ckpt`, `best.ckpt` (the epoch with the best
+//! validation accuracy) and `scores.jsonl` (policies judged on the weights as they are now); in the end
+//! also `model.onnx` and `best.json`. Nothing is written before settings, images and the order of the
+//! stages have been checked.
+//!
+//! Each stage does what is still missing up to its goal and no more. So a run that was stopped goes on
+//! where its last checkpoint stands, at most an epoch, half a minute of the controller's steps or one
+//! judged policy back, and ends with the figures of one that was not. Stages asked for one by one give
+//! what a run of one round gives; of several rounds, all of stage 1 then comes before the controller
+//! has learned anything.
 
 mod choosing;
 mod finish;
 mod folder;
+mod left;
 mod weights;
 
 use std::fs;
@@ -17,10 +31,12 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use snn_schemas::Policy;
 
+use self::finish::Drawing;
 use self::folder::{
-    CHECKPOINTS, COMPARE, COMPARE_PAGE, CONFIG, LAST, METRICS, MODEL, POLICY, check_same,
-    read_config, write_about,
+    CHECKPOINTS, COMPARE, COMPARE_PAGE, CONFIG, LAST, METRICS, MODEL, POLICY, SCORES, check_images,
+    check_order, check_same, read_config, write_about,
 };
+use self::left::{Pace, Work};
 use crate::candidate::Candidate;
 use crate::checkpoint::{self, write_whole};
 use crate::compare::Trial;
@@ -37,6 +53,9 @@ use crate::progress::{Progress, Report, Stage};
 use crate::state::State;
 use crate::wire::Wire;
 use crate::{compare as samplers, report};
+
+/// The stages of a whole run. Choosing policies is part of the search, the test images of the export.
+const WHOLE: &[Stage] = &[Stage::Train, Stage::Search, Stage::Finetune, Stage::Export];
 
 /// How long the controller may learn between two checkpoints. An epoch is always followed by one.
 const SAVE_EVERY: Duration = Duration::from_secs(30);
@@ -99,7 +118,7 @@ pub fn run(
     resume: bool,
     progress: &mut dyn Progress,
 ) -> Result<Outcome, TrainError> {
-    let mut run = Run::open(config, data, (out, resume), progress)?;
+    let mut run = Run::open(Task { stages: WHOLE, config, data, out, resume }, progress)?;
     for round in 0..config.search.rounds {
         run.train(round)?;
         run.search(round)?;
@@ -111,7 +130,8 @@ pub fn run(
     Ok(run.outcome())
 }
 
-/// Stage 1 alone: the weights, for all epochs, under policies drawn with equal probability.
+/// Stage 1 alone: the weights, for all epochs of all rounds, under the policies that `train.under`
+/// says. A controller has learned nothing by then, and draws with equal probability.
 ///
 /// # Errors
 /// As [`run`].
@@ -122,11 +142,14 @@ pub fn train(
     resume: bool,
     progress: &mut dyn Progress,
 ) -> Result<(), TrainError> {
-    let mut run = Run::open(config, data, (out, resume), progress)?;
-    (0..config.search.rounds).try_for_each(|round| run.train(round))
+    let stages = &[Stage::Train];
+    let mut run = Run::open(Task { stages, config, data, out, resume }, progress)?;
+    (0..config.search.rounds).try_for_each(|round| run.train(round))?;
+    run.draw()
 }
 
-/// Stages 2 and 3 alone, and the random sampler's choice, on the weights that [`train`] left.
+/// Stages 2 and 3 alone, all rounds of them, and the random sampler's choice, on the weights that
+/// [`train`] left.
 ///
 /// # Errors
 /// As [`run`]; or stage 1 is not done.
@@ -136,9 +159,11 @@ pub fn search(
     out: &Path,
     progress: &mut dyn Progress,
 ) -> Result<(), TrainError> {
-    let mut run = Run::at(Stage::Search, config, data, (out, progress))?;
+    let stages = &[Stage::Search];
+    let mut run = Run::open(Task { stages, config, data, out, resume: true }, progress)?;
     (0..config.search.rounds).try_for_each(|round| run.search(round))?;
-    run.baseline()
+    run.baseline()?;
+    run.draw()
 }
 
 /// The last stage alone: each candidate's weights under its policy.
@@ -151,7 +176,10 @@ pub fn finetune(
     out: &Path,
     progress: &mut dyn Progress,
 ) -> Result<(), TrainError> {
-    Run::at(Stage::Finetune, config, data, (out, progress))?.finetune()
+    let stages = &[Stage::Finetune];
+    let mut run = Run::open(Task { stages, config, data, out, resume: true }, progress)?;
+    run.finetune()?;
+    run.draw()
 }
 
 /// Judges the fine-tuned candidates on the test images, and writes model, policy and report.
@@ -164,7 +192,8 @@ pub fn export(
     out: &Path,
     progress: &mut dyn Progress,
 ) -> Result<Outcome, TrainError> {
-    let mut run = Run::at(Stage::Export, config, data, (out, progress))?;
+    let stages = &[Stage::Export];
+    let mut run = Run::open(Task { stages, config, data, out, resume: true }, progress)?;
     run.test()?;
     run.export()?;
     Ok(run.outcome())
@@ -182,12 +211,13 @@ pub fn compare(
     out: &Path,
     (seeds, progress): (&[u64], &mut dyn Progress),
 ) -> Result<Vec<Trial>, TrainError> {
-    let run = Run::at(Stage::Search, config, data, (out, progress))?;
     if config.net.groups == 1 {
         return Err(TrainError::Data(
             "a network of one group has no policies to compare".to_owned(),
         ));
     }
+    let stages = &[Stage::Search];
+    let run = Run::open(Task { stages, config, data, out, resume: true }, progress)?;
     let (network, images) = (&run.state.network, &run.data.validation);
     let trials = samplers::compare(config, network, images, (seeds, run.progress))?;
     write_whole(&out.join(COMPARE), &serde_json::to_vec(&trials)?)?;
@@ -241,8 +271,21 @@ fn read_policy(folder: &Path, config: &Config) -> Result<Policy, TrainError> {
     }
 }
 
+/// What is asked for.
+struct Task<'a> {
+    /// The stages, of those in [`WHOLE`]; what the first builds on must be done.
+    stages: &'static [Stage],
+    config: &'a Config,
+    data: Option<&'a Path>,
+    /// The folder.
+    out: &'a Path,
+    /// Whether it may hold a run.
+    resume: bool,
+}
+
 /// A run at work.
 struct Run<'a> {
+    stages: &'static [Stage],
     config: &'a Config,
     candidates: Vec<Candidate>,
     data: Data,
@@ -250,16 +293,14 @@ struct Run<'a> {
     state: State,
     metrics: Metrics,
     progress: &'a mut dyn Progress,
+    pace: Pace,
+    drawing: Drawing,
     saved: Instant,
 }
 
 impl<'a> Run<'a> {
-    fn open(
-        config: &'a Config,
-        data: Option<&Path>,
-        (out, resume): (&Path, bool),
-        progress: &'a mut dyn Progress,
-    ) -> Result<Run<'a>, TrainError> {
+    fn open(task: Task<'a>, progress: &'a mut dyn Progress) -> Result<Run<'a>, TrainError> {
+        let Task { stages, config, data, out, resume } = task;
         config.check()?;
         let data = Data::load(config, data)?;
         if fit::batches(&data.train, &config.train) == 0 {
@@ -274,7 +315,8 @@ impl<'a> Run<'a> {
         let device = config.device.open()?.autodiff();
         let last = out.join(CHECKPOINTS).join(LAST);
         let sections = checkpoint::load(&last)?;
-        if sections.is_some() && !resume {
+        let found = sections.is_some();
+        if found && !resume {
             return Err(TrainError::Occupied { path: out.to_owned() });
         }
         let state = match sections {
@@ -283,62 +325,77 @@ impl<'a> Run<'a> {
                 .map_err(|reason| TrainError::Checkpoint { path: last, reason })?,
         };
         check_same(config, out, &state)?;
+        check_images(out, &data)?;
+        if let Some(first) = stages.first() {
+            check_order(*first, config, out, &state.ledger)?;
+        }
+        // All that could be refused has been: only from here on is anything written.
         fs::create_dir_all(out.join(CHECKPOINTS)).map_err(TrainError::io(out))?;
         write_whole(&out.join(CONFIG), config.to_toml().as_bytes())?;
         write_about(out, config, &data)?;
+        if !found {
+            // What a run without a checkpoint has judged was judged on weights that are lost.
+            remove(&out.join(CHECKPOINTS).join(SCORES))?;
+        }
         let metrics = Metrics::open(&out.join(METRICS), state.ledger.lines)?;
-        let folder = out.to_owned();
-        let (candidates, saved) = (config.candidates(), Instant::now());
-        Ok(Run { config, candidates, data, folder, state, metrics, progress, saved })
+        Ok(Run {
+            stages,
+            config,
+            candidates: config.candidates(),
+            data,
+            folder: out.to_owned(),
+            state,
+            metrics,
+            progress,
+            pace: Pace::default(),
+            drawing: Drawing::default(),
+            saved: Instant::now(),
+        })
     }
 
-    /// Goes on with the run in `out` at `stage`.
-    fn at(
-        stage: Stage,
-        config: &'a Config,
-        data: Option<&Path>,
-        (out, progress): (&Path, &'a mut dyn Progress),
-    ) -> Result<Run<'a>, TrainError> {
-        let run = Run::open(config, data, (out, true), progress)?;
-        run.requires(stage)?;
-        Ok(run)
-    }
-
-    /// Checks that the stages before `stage` are done.
-    fn requires(&self, stage: Stage) -> Result<(), TrainError> {
-        let trained = self.state.ledger.epochs >= self.config.train.epochs;
-        let tuned = self.candidates.iter().all(|candidate| self.is_tuned(candidate));
-        let (missing, before) = match stage {
-            _ if !trained => ("trained weights", Stage::Train),
-            Stage::Finetune | Stage::Export if !self.has_chosen() => {
-                ("chosen policy", Stage::Search)
-            }
-            Stage::Export if !tuned => ("fine-tuned weights", Stage::Finetune),
-            _ => return Ok(()),
-        };
-        Err(TrainError::Order { stage, path: self.folder.clone(), missing, before })
-    }
-
-    /// Writes a line and tells whoever listens.
-    fn note(&mut self, line: &Line, done: usize, total: usize) -> Result<(), TrainError> {
+    /// Writes a line and tells whoever listens that so much of a stage is done, `work` of which the
+    /// ledger does not have yet.
+    fn note(
+        &mut self,
+        line: &Line,
+        (done, total): (usize, usize),
+        work: Work,
+    ) -> Result<(), TrainError> {
         self.metrics.write(line)?;
         let accuracies = [line.test_accuracy, line.validation_accuracy, line.train_accuracy];
-        self.progress.report(&Report {
+        self.tell(Report {
             stage: line.stage,
             round: line.round,
             done,
             total,
             loss: line.loss,
             accuracy: accuracies.into_iter().flatten().next(),
-        });
-        Ok(())
+            left: self.time_left(work),
+        })
     }
 
     fn save(&mut self) -> Result<(), TrainError> {
+        self.save_as(&[LAST])
+    }
+
+    /// Writes one checkpoint under several names, in their order.
+    fn save_as(&mut self, names: &[&str]) -> Result<(), TrainError> {
         self.state.ledger.lines = self.metrics.lines;
         let sections = self.state.sections()?;
-        checkpoint::save(&self.folder.join(CHECKPOINTS).join(LAST), &sections)?;
+        for name in names {
+            checkpoint::save(&self.folder.join(CHECKPOINTS).join(name), &sections)?;
+        }
         self.saved = Instant::now();
         Ok(())
+    }
+}
+
+/// Removes a file, if it is there.
+fn remove(path: &Path) -> Result<(), TrainError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(TrainError::io(path)(error))
+        }
+        _ => Ok(()),
     }
 }

@@ -1,4 +1,9 @@
 //! The stages of a run that change the network's weights: stage 1, and fine-tuning.
+//!
+//! After each epoch the validation images are judged, with each batch's own statistics: in stage 1
+//! under the policy that the exported candidate has by then (silent while none is chosen), in
+//! fine-tuning under the candidate's own. Of the epochs of stage 1 and of the exported candidate the
+//! most accurate is kept as `best.ckpt`.
 
 use std::time::Instant;
 
@@ -6,9 +11,8 @@ use burn::module::Module;
 use snn_schemas::Policy;
 
 use super::Run;
-use super::folder::{BEST, CHECKPOINTS};
+use super::folder::{BEST, LAST};
 use crate::candidate::{self, Candidate, Source};
-use crate::checkpoint;
 use crate::config::Weights;
 use crate::controller::{policies, random_policies};
 use crate::error::TrainError;
@@ -30,6 +34,8 @@ struct Pass<'a> {
     lr: f64,
     /// `policies[batch]` are the batch's M.
     policies: &'a [Vec<Policy>],
+    /// Under which the validation images are judged after it.
+    judged: &'a Policy,
     /// Epochs done before it and epochs to do, as progress counts them.
     progress: (usize, usize),
 }
@@ -44,6 +50,7 @@ impl Run<'_> {
             if number == epochs.start {
                 self.state.sgd = fit::sgd(train);
             }
+            let exported = self.candidates.first().map(|first| self.policy(first));
             let pass = Pass {
                 stage: Stage::Train,
                 round,
@@ -51,11 +58,13 @@ impl Run<'_> {
                 candidate: None,
                 lr: train.decay.rate(train.lr, number, train.epochs),
                 policies: &self.sampled(number)?,
+                judged: &exported.unwrap_or_else(|| self.config.silent()),
                 progress: (number - epochs.start, epochs.len()),
             };
-            self.state.network = self.epoch(self.state.network.clone(), pass)?;
+            let (network, score) = self.epoch(self.state.network.clone(), pass)?;
+            self.state.network = network;
             self.state.ledger.epochs += 1;
-            self.save()?;
+            self.save_epoch(score)?;
         }
         Ok(())
     }
@@ -123,20 +132,34 @@ impl Run<'_> {
                 candidate: Some(candidate),
                 lr: settings.decay.rate(settings.lr, done, settings.epochs),
                 policies: &under,
+                judged: &policy,
                 progress: (place * settings.epochs + done, settings.epochs * self.candidates.len()),
             };
-            network = self.epoch(network, pass)?;
+            let (tuned, score) = self.epoch(network, pass)?;
+            network = tuned;
             done += 1;
             self.state.tuned.insert(name.clone(), network.clone());
             self.state.ledger.tuned.insert(name.clone(), done);
-            self.save()?;
+            match place {
+                0 => self.save_epoch(score)?,
+                _ => self.save()?,
+            }
         }
-        self.judge_tuned(candidate, &policy, &network)?;
-        if place == 0 {
-            let sections = self.state.sections()?;
-            checkpoint::save(&self.folder.join(CHECKPOINTS).join(BEST), &sections)?;
+        self.judge_tuned(candidate, &policy, &network)
+    }
+
+    /// Saves where the run stands after an epoch, and also as the best if none before has a better
+    /// `score`.
+    fn save_epoch(&mut self, score: Score) -> Result<(), TrainError> {
+        let worth = |score: Score| (score.accuracy(), -score.loss); // of equal ones the smaller loss
+        match self.state.ledger.best.is_none_or(|best| worth(score) > worth(best)) {
+            true => {
+                self.state.ledger.best = Some(score);
+                // The last one last: a kill in between costs an epoch, and leaves the best to be found again.
+                self.save_as(&[BEST, LAST])
+            }
+            false => self.save(),
         }
-        Ok(())
     }
 
     /// Statistics of its own for a candidate's weights, and the validation images under them.
@@ -181,8 +204,8 @@ impl Run<'_> {
         self.save()
     }
 
-    /// Makes one pass over the training images and tells of it.
-    fn epoch(&mut self, network: Network, pass: Pass) -> Result<Network, TrainError> {
+    /// Makes one pass over the training images, judges what came of it, and tells of both.
+    fn epoch(&mut self, network: Network, pass: Pass) -> Result<(Network, Score), TrainError> {
         let started = Instant::now();
         let epoch = Epoch {
             images: &self.data.train,
@@ -193,19 +216,27 @@ impl Run<'_> {
             rng: rng(self.config.seed, pass.purpose(), pass.number),
         };
         let (network, loss, accuracy) = fit::epoch(network, &mut self.state.sgd, epoch)?;
+        let took = started.elapsed();
+        let images = &self.data.validation;
+        let score = judge_all(&network.inference(), pass.judged, images, Stats::Batch)?;
+        let work = self.epoch_work(pass.policies.first().map_or(1, Vec::len));
+        self.pace.fitted(work.fitted, took);
+        self.pace.judged(work.judged, started.elapsed() - took);
         let line = Line {
             candidate: pass.candidate.map(|candidate| candidate.name.clone()),
             lr: Some(pass.lr),
             loss: Some(loss),
             train_accuracy: Some(accuracy),
-            seconds: started.elapsed().as_secs_f64(),
+            validation_accuracy: Some(score.accuracy()),
+            seconds: took.as_secs_f64(),
             ..Line::new(pass.stage, pass.round + 1, pass.number + 1)
         };
         let (before, total) = pass.progress;
-        self.note(&line, before + 1, total)?;
+        self.note(&line, (before + 1, total), work)?;
+        let epoch = pass.number + 1;
         match loss.is_finite() {
-            true => Ok(network),
-            false => Err(TrainError::Diverged { stage: pass.stage, epoch: pass.number + 1, loss }),
+            true => Ok((network, score.finite(pass.stage, epoch)?)),
+            false => Err(TrainError::Diverged { stage: pass.stage, epoch, loss }),
         }
     }
 }
@@ -222,13 +253,35 @@ impl Pass<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use burn::module::{ModuleMapper, Param};
     use burn::tensor::Tensor;
 
-    use super::super::folder::LAST;
+    use super::super::folder::{CHECKPOINTS, METRICS};
+    use super::super::{Task, WHOLE};
     use super::*;
     use crate::config::Config;
     use crate::progress::Report;
+    use crate::state::Ledger;
+    use crate::{checkpoint, metrics};
+
+    fn tiny() -> Config {
+        let mut config = Config::digits();
+        (config.net.trunk_width, config.net.path_width, config.net.stem_channels) = (4, 2, 4);
+        (config.train.calibration, config.search.steps, config.search.samples) = (64, 1, 2);
+        config
+    }
+
+    fn task<'a>(config: &'a Config, out: &'a Path) -> Task<'a> {
+        Task { stages: WHOLE, config, data: None, out, resume: false }
+    }
+
+    /// What a checkpoint says has been done.
+    fn ledger(out: &Path, name: &str) -> Ledger {
+        let sections = checkpoint::load(&out.join(CHECKPOINTS).join(name)).unwrap().unwrap();
+        serde_json::from_slice(&sections["ledger"]).unwrap()
+    }
 
     /// Makes every weight no number.
     struct Spoil;
@@ -242,11 +295,9 @@ mod tests {
     #[test]
     fn a_score_that_is_no_number_ends_the_run_before_it_is_saved() {
         let folder = tempfile::tempdir().unwrap();
-        let mut config = Config::digits();
-        (config.net.trunk_width, config.net.path_width, config.net.stem_channels) = (4, 2, 4);
-        (config.train.calibration, config.search.steps, config.search.samples) = (64, 1, 2);
+        let config = tiny();
         let mut nobody = |_: &Report| {};
-        let mut run = Run::open(&config, None, (folder.path(), false), &mut nobody).unwrap();
+        let mut run = Run::open(task(&config, folder.path()), &mut nobody).unwrap();
         let spoiled = run.state.network.inference().map(&mut Spoil);
         run.state.network = spoiled.copy();
         for candidate in run.candidates.clone() {
@@ -265,5 +316,62 @@ mod tests {
         let ledger = &run.state.ledger;
         assert!(ledger.main.random.is_none() && ledger.validation.is_empty());
         assert!(ledger.test.is_empty() && !folder.path().join(CHECKPOINTS).join(LAST).exists());
+    }
+
+    #[test]
+    fn the_best_checkpoint_is_of_the_most_accurate_epoch() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = tiny();
+        (config.train.epochs, config.search.rounds, config.finetune.epochs) = (6, 1, 3);
+        let mut nobody = ();
+        let mut run = Run::open(task(&config, folder.path()), &mut nobody).unwrap();
+        let images = run.data.validation.len();
+        // Images told right after each epoch.
+        let right = |stage: Stage, candidate: Option<&str>| -> Vec<usize> {
+            let lines = metrics::read(&folder.path().join(METRICS)).unwrap();
+            let of = |line: &&Line| line.stage == stage && line.candidate.as_deref() == candidate;
+            let accuracies = lines.iter().filter(of).map(|line| line.validation_accuracy.unwrap());
+            accuracies.map(|accuracy| (accuracy * images as f64).round() as usize).collect()
+        };
+        run.train(0).unwrap();
+        let trained = right(Stage::Train, None);
+        assert_eq!((trained.len(), ledger(folder.path(), LAST).epochs), (6, 6));
+        let best = ledger(folder.path(), BEST);
+        let score = best.best.unwrap();
+        assert_eq!((Some(&score.correct), score.images), (trained.iter().max(), images));
+        assert_eq!(trained[best.epochs - 1], score.correct);
+        assert_eq!(ledger(folder.path(), LAST).best, best.best);
+
+        run.search(0).unwrap();
+        run.baseline().unwrap();
+        run.finetune().unwrap();
+        let tuned = right(Stage::Finetune, Some("searched"));
+        assert_eq!(tuned.len(), 3);
+        let best = ledger(folder.path(), BEST);
+        let score = best.best.unwrap();
+        assert_eq!(Some(&score.correct), trained.iter().chain(&tuned).max());
+        let of_best = match best.tuned.get("searched") {
+            Some(epochs) => tuned[epochs - 1],
+            None => trained[best.epochs - 1],
+        };
+        assert_eq!(of_best, score.correct);
+        // What is not exported does not count.
+        assert!(!best.tuned.contains_key("silent"), "{:?}", best.tuned);
+    }
+
+    #[test]
+    fn an_epoch_that_is_no_better_leaves_the_best_as_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = tiny();
+        let mut nobody = ();
+        let mut run = Run::open(task(&config, folder.path()), &mut nobody).unwrap();
+        let mut kept = Vec::new();
+        for (correct, loss) in [(4, 1.0), (3, 0.1), (4, 1.5), (4, 0.5), (5, 9.0)] {
+            run.state.ledger.epochs += 1;
+            run.save_epoch(Score { correct, images: 10, loss }).unwrap();
+            kept.push(ledger(folder.path(), BEST).epochs);
+        }
+        assert_eq!(kept, [1, 1, 1, 4, 5]);
+        assert_eq!(ledger(folder.path(), LAST).epochs, 5);
     }
 }
