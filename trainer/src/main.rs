@@ -4,6 +4,7 @@
 //! table, or JSON with `--json`. Errors and warnings are one line each on stderr. Exit codes: 0 done, 2 error.
 
 use std::io::{self, IsTerminal, Write};
+use std::panic;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
-use snn_trainer::{Config, DeviceName, Outcome, Progress, Report, Stage, Trial};
+use snn_trainer::{Config, DeviceName, Outcome, Progress, Report, Stage, TrainError, Trial};
 
 /// Trains a separable network, searches its communication policy, exports ONNX.
 #[derive(Parser)]
@@ -134,14 +135,36 @@ fn devices() -> impl TypedValueParser<Value = DeviceName> {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    match run(&cli) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // Nobody is left to tell if stderr is closed.
-            let _ = writeln!(io::stderr(), "snn-train: {error:#}");
+    // What a panic says is one line, as an error's.
+    panic::set_hook(Box::new(|info| {
+        let text = info.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        complain(&format!("internal error: {text}"));
+    }));
+    match panic::catch_unwind(|| run(&cli)) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
+            complain(&sentence(&error));
             ExitCode::from(2)
         }
+        Err(_) => ExitCode::from(2),
     }
+}
+
+fn complain(reason: &str) {
+    // Nobody is left to tell if stderr is closed.
+    let _ = writeln!(io::stderr(), "snn-train: {reason}");
+}
+
+/// An error and its causes on one line. What a [`TrainError`] says includes its own.
+fn sentence(error: &anyhow::Error) -> String {
+    let mut causes = Vec::new();
+    for cause in error.chain() {
+        causes.push(cause.to_string().split_whitespace().collect::<Vec<_>>().join(" "));
+        if cause.is::<TrainError>() {
+            break;
+        }
+    }
+    causes.join(": ")
 }
 
 fn run(cli: &Cli) -> anyhow::Result<()> {
@@ -311,8 +334,7 @@ impl Bar {
 impl Progress for Bar {
     /// Also where no progress is wanted: it is about the result.
     fn warn(&mut self, warning: &str) {
-        // A warning that cannot be written is no reason to stop training.
-        let _ = writeln!(io::stderr(), "snn-train: {warning}");
+        complain(warning);
     }
 
     fn report(&mut self, report: &Report) {

@@ -509,3 +509,28 @@ fn a_folder_in_use_and_other_settings_are_refused() {
     let cut = snn_trainer::search(&other, None, out, &mut ()).unwrap_err().to_string();
     assert!(cut.ends_with("not a whole checkpoint of this version"), "{cut}");
 }
+
+#[test]
+fn what_is_wrong_is_said_once_and_on_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("c.toml");
+    let said = |arguments: &[&str]| {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_snn-train"));
+        let out = folder.path().join("run");
+        let done = program.arg("run").arg(&file).args(arguments).arg("--out").arg(out).output();
+        let done = done.unwrap();
+        assert_eq!(done.status.code(), Some(2));
+        String::from_utf8(done.stderr).unwrap()
+    };
+    let name = file.display();
+    let missing = "No such file or directory (os error 2)";
+    assert_eq!(said(&[]), format!("snn-train: {name}: {missing}\n"));
+    std::fs::write(&file, "[data]\nnme = 1\n").unwrap();
+    let unknown =
+        "config: at line 2, column 1: unknown field `nme`, expected `name` or `validation`";
+    assert_eq!(said(&[]), format!("snn-train: {name}: {unknown}\n"));
+    std::fs::write(&file, "[data]\nname = \"folder\"\n").unwrap();
+    let nowhere = folder.path().join("nowhere");
+    let expected = format!("snn-train: {}: {missing}\n", nowhere.join("train").display());
+    assert_eq!(said(&["--data", nowhere.to_str().unwrap()]), expected);
+}
