@@ -321,6 +321,19 @@ mod tests {
     }
 
     #[test]
+    fn every_example_is_a_configuration() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples");
+        let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        let files: Vec<_> =
+            files.filter(|path| path.extension().is_some_and(|found| found == "toml")).collect();
+        assert!(files.len() >= 7, "{files:?}");
+        for path in files {
+            let config = Config::from_toml(&std::fs::read_to_string(&path).unwrap());
+            assert!(config.is_ok(), "{}: {}", path.display(), config.unwrap_err());
+        }
+    }
+
+    #[test]
     fn presets_pass_their_own_checks_and_survive_toml() {
         for config in [Config::default(), Config::digits()] {
             assert_eq!(Config::from_toml(&config.to_toml()).unwrap(), config);
