@@ -22,7 +22,8 @@ use super::{args, http};
 /// Runs `snn-run --agent`.
 pub(super) async fn agent(agent: args::Agent) -> Result<ExitCode> {
     let key = agent.key.as_deref().map(crate::key::read).transpose()?;
-    let open = key.is_some() || agent.insecure;
+    let has_key = key.is_some();
+    let open = has_key || agent.insecure;
     let host = if open { "0.0.0.0" } else { "127.0.0.1" };
     let address = |given: &Option<String>, port: u16| {
         given.clone().unwrap_or_else(|| format!("{host}:{port}"))
@@ -55,6 +56,7 @@ pub(super) async fn agent(agent: args::Agent) -> Result<ExitCode> {
     let waiting = waiting.await.context("agent")?;
     super::progress(format_args!("listening on {}", waiting.address()));
     super::progress(format_args!("answering on {}", link.address()));
+    super::warn_without_key(has_key, agent.insecure);
     let mut serving = JoinSet::new();
     let http = claimed.map(|http| {
         super::progress(http.url());

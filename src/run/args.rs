@@ -46,7 +46,9 @@ Examples:
   Ask a running cluster, at any of its nodes:
       snn-run infer --node 192.168.1.11:7447 cat.png
 
-Exit codes: 0 done, 1 --check found a difference, 2 error.";
+Exit codes: 0 done, 1 --check found a difference, 2 error.
+
+SNN_LOG=snn=debug,snn_runtime=debug in the environment says more on standard error.";
 
 const INFER_HELP: &str = "\
 Example:
@@ -276,7 +278,7 @@ pub struct Infer {
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
 
-    /// Give up after this long
+    /// Time for an answer; five seconds more where a node dies meanwhile
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub timeout: Duration,
 

@@ -42,6 +42,19 @@ const HOST_NAME: &str = "/proc/sys/kernel/hostname";
 /// Worker threads of the process: they move bytes, the computing is done elsewhere.
 const IO_THREADS: usize = 2;
 
+/// Says whom a process without a key listens to.
+fn warn_without_key(has_key: bool, insecure: bool) {
+    match (has_key, insecure) {
+        (true, _) => {}
+        (false, false) => progress(
+            "no key: only this machine is listened to, and nobody is looked for (--key FILE)",
+        ),
+        (false, true) => {
+            progress("no key: nothing is encrypted, and whoever reaches the address takes part")
+        }
+    }
+}
+
 /// The machine's name, where it has one.
 pub(crate) fn host_name() -> Option<String> {
     let name = std::fs::read_to_string(HOST_NAME).ok()?;

@@ -109,6 +109,7 @@ pub(super) async fn node(node: args::Node) -> Result<ExitCode> {
         super::check_place(path).context("trace")?;
     }
     let emulation = Emulation::new(node.device.as_ref(), node.link, node.threads)?;
+    let (has_key, insecure) = (node.key.is_some(), node.insecure);
     let setup = Setup {
         emulation,
         shard: node.shard,
@@ -130,7 +131,10 @@ pub(super) async fn node(node: args::Node) -> Result<ExitCode> {
         through_router: false,
     };
     let tell = |progress: Progress<'_>| match progress {
-        Progress::Listening(address) => super::progress(format_args!("listening on {address}")),
+        Progress::Listening(address) => {
+            super::progress(format_args!("listening on {address}"));
+            super::warn_without_key(has_key, insecure);
+        }
         Progress::Through(address) => {
             super::progress(format_args!("through the router at {address}"));
         }

@@ -131,7 +131,17 @@ impl NodeProcess {
         self.process.id()
     }
 
+    /// The next line, but for what is said of having no key.
     pub(crate) fn line(&mut self) -> String {
+        loop {
+            let line = self.any_line();
+            if !line.starts_with("no key: ") {
+                return line;
+            }
+        }
+    }
+
+    fn any_line(&mut self) -> String {
         let mut line = String::new();
         self.lines.read_line(&mut line).unwrap();
         line.trim_end().to_owned()
@@ -298,4 +308,19 @@ fn a_node_gives_up_on_missing_peers_at_its_timeout() {
     node.lines.read_to_string(&mut said).unwrap();
     let expected = format!("snn-run: {}: peers: rank 1 missing after 0.3 s", shard.display());
     assert_eq!(said.lines().last(), Some(expected.as_str()));
+}
+
+#[test]
+fn a_node_without_a_key_says_whom_it_listens_to() {
+    let split = folder(&net(), None, Nodes::PerGroup);
+    let shard = split.path().join("shard_0.onnx");
+    let second = |arguments: &[&str]| {
+        let mut node = NodeProcess::start(&shard, arguments);
+        node.address();
+        node.any_line()
+    };
+    let closed = "no key: only this machine is listened to, and nobody is looked for (--key FILE)";
+    assert_eq!(second(&[]), closed);
+    let open = "no key: nothing is encrypted, and whoever reaches the address takes part";
+    assert_eq!(second(&["--insecure", "--listen", "127.0.0.1:0"]), open);
 }

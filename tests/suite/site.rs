@@ -105,7 +105,7 @@ fn spawn(arguments: &[String]) -> (Child, String, String, SocketAddr) {
     let mut process = Command::new(SNN_RUN).args(arguments).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(process.stderr.take().unwrap()).lines().map(Result::unwrap);
     let mut after = |start: &str| {
-        let line = lines.next().unwrap();
+        let line = lines.find(|line| !line.starts_with("no key: ")).unwrap();
         let rest = line.strip_prefix(start).unwrap_or_else(|| panic!("{line}"));
         rest.trim_start_matches("tls/").trim_start_matches("tcp/").to_owned()
     };
