@@ -5,7 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use snn_compiler::Nodes;
 use snn_runtime::client::{AskError, Client};
@@ -34,6 +34,18 @@ fn key() -> ClusterKey {
     ClusterKey::new(Duration::from_secs(3600)).unwrap()
 }
 
+/// Three keys of one cluster: two that are good, and one whose certificate has expired, by nothing else refused.
+pub(crate) fn good_and_expired() -> [ClusterKey; 3] {
+    let lifetimes = [3600, 3600, 0].map(Duration::from_secs);
+    let keys = ClusterKey::of_one_cluster(lifetimes).unwrap();
+    // Certificates count whole seconds, of which the last one is still good.
+    std::thread::sleep(Duration::from_millis(1_100));
+    let now = SystemTime::now();
+    assert_eq!(keys.each_ref().map(|key| key.untimely(now).is_none()), [true, true, false]);
+    assert!(keys.iter().all(|key| key.fingerprint() == keys[0].fingerprint()));
+    keys
+}
+
 /// Two nodes with a key, and the address of each.
 fn cluster(folder: &Path, key: &ClusterKey) -> ([NodeProcess; 2], Vec<String>) {
     let file = folder.join("cluster.key");
@@ -53,15 +65,18 @@ async fn members_are_answered_and_nobody_else() {
     let net = net();
     let policy = ring(&net, 1, Dtype::F16);
     let folder = folder(&net, Some(&policy), Nodes::PerGroup);
-    let own = key();
+    let [own, other, expired] = good_and_expired();
     let (_nodes, addresses) = cluster(folder.path(), &own);
-    let client = Client::connect(&addresses, Some(&own), PATIENCE).await.unwrap();
     let input = image(&net, 0);
     let expected = reference::logits(&net, Some(&policy), input.data());
-    let answer = client.infer(vec![input], PATIENCE).await.unwrap();
-    assert_close(answer.outputs[0].data(), &expected, "with the key");
+    let client = Client::connect(&addresses, Some(&own), PATIENCE).await.unwrap();
+    // Another certificate of the cluster's does as well, while it is good.
+    let member = Client::connect(&addresses, Some(&other), PATIENCE).await.unwrap();
+    for (client, key) in [(&client, "with the key"), (&member, "with another of the cluster")] {
+        let answer = client.infer(vec![input.clone()], PATIENCE).await.unwrap();
+        assert_close(answer.outputs[0].data(), &expected, key);
+    }
 
-    let expired = ClusterKey::new(Duration::ZERO).unwrap();
     for stranger in [None, Some(&key()), Some(&expired)] {
         let refused = Client::connect(&addresses, stranger, SOON).await.unwrap_err();
         let refused_whole =
@@ -113,32 +128,62 @@ async fn a_long_trace_comes_through_any_node() {
     assert!(passed_on > 256 << 10, "{passed_on} bytes");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_whose_certificate_has_expired_is_believed_by_nobody() {
+    let net = net();
+    let folder = folder(&net, None, Nodes::Even(1));
+    let [own, other, expired] = good_and_expired();
+    let node = |key: &ClusterKey| {
+        let file = folder.path().join("cluster.key");
+        write_key(&file, key);
+        let arguments = ["--key", file.to_str().unwrap(), "--listen", "127.0.0.1:0"];
+        let mut node = NodeProcess::start(&folder.path().join("shard_0.onnx"), &arguments);
+        let address = loop {
+            // What is wrong with a key is said before.
+            if let Some(address) = node.line().strip_prefix("listening on tls/") {
+                break address.to_owned();
+            }
+        };
+        while node.line() != "ready" {}
+        (node, [address])
+    };
+    let (_good, address) = node(&other);
+    Client::connect(&address, Some(&own), PATIENCE).await.unwrap();
+    let (_expired, address) = node(&expired);
+    let refused = Client::connect(&address, Some(&own), SOON).await.unwrap_err();
+    assert!(matches!(refused, AskError::NoAnswer { .. } | AskError::Strange), "{refused:?}");
+}
+
 #[test]
 fn a_node_without_the_key_stays_outside() {
     let net = net();
     let folder = folder(&net, Some(&ring(&net, 1, Dtype::F16)), Nodes::PerGroup);
-    let own = key();
-    let file = folder.path().join("cluster.key");
-    write_key(&file, &own);
-    let arguments = ["--key", file.to_str().unwrap(), "--listen", "127.0.0.1:0"];
+    let [own, member, expired] = good_and_expired();
+    let [own, member, expired, other] =
+        [("own", own), ("member", member), ("expired", expired), ("other", key())].map(
+            |(name, key)| {
+                let file = folder.path().join(name);
+                write_key(&file, &key);
+                file.to_str().unwrap().to_owned()
+            },
+        );
+    let arguments = ["--key", &own, "--listen", "127.0.0.1:0"];
     let mut first = NodeProcess::start(&folder.path().join("shard_0.onnx"), &arguments);
     let address = first.line().strip_prefix("listening on tls/").unwrap().to_owned();
     assert_eq!(first.line(), "waiting for rank 1");
-    let expired = folder.path().join("expired.key");
-    write_key(&expired, &ClusterKey::new(Duration::ZERO).unwrap());
-    let other = folder.path().join("other.key");
-    write_key(&other, &key());
     let shard = folder.path().join("shard_1.onnx");
-    let [expired, other] = [&expired, &other].map(|path| path.to_str().unwrap().to_owned());
+    let line = ["--peer", &address, "--listen", "127.0.0.1:0"];
     for stranger in [&[][..], &["--key", &other], &["--key", &expired]] {
-        let line = [&["--peer", &address, "--listen", "127.0.0.1:0", "--timeout", "1.5"], stranger]
-            .concat();
+        let line = [&line[..], &["--timeout", "1.5"], stranger].concat();
         let mut node = NodeProcess::start(&shard, &line);
         let said = node.rest();
         assert!(said.ends_with("peers: rank 0 missing after 1.5 s\n"), "{said}");
-        // Nor did the first hear of a second.
         assert_eq!(node.code(), Some(2));
     }
+    // Nor did the first hear of a second, until one comes that has another good key of the cluster.
+    let mut node = NodeProcess::start(&shard, &[&line[..], &["--key", &member]].concat());
+    while node.line() != "ready" {}
+    assert_eq!(first.line(), "ready");
 }
 
 fn infer(folder: &Path, arguments: &[&str]) -> Output {
