@@ -17,14 +17,19 @@ fn devices() -> Devices {
     Devices::start(folder(&net, Some(&policy_of(&net)), Nodes::PerGroup))
 }
 
+fn devices_with_key() -> Devices {
+    let net = net();
+    Devices::start_with_key(folder(&net, Some(&policy_of(&net)), Nodes::PerGroup))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn two_hundred_requests_survive_nodes_that_die_and_return() {
-    ask_through(&net(), &mut devices(), 200, die_and_return).await;
+    ask_through(&net(), &mut devices_with_key(), 200, die_and_return).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_hundred_requests_survive_nodes_that_freeze_and_thaw() {
-    ask_through(&net(), &mut devices(), 200, |devices, number| {
+    ask_through(&net(), &mut devices_with_key(), 200, |devices, number| {
         // The node with the head, and the one the client talks to, are among them.
         let rank = any_rank(number / 40);
         match number % 40 {
