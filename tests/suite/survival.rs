@@ -1,5 +1,6 @@
 //! Nodes die, freeze and return while requests are made: every one is answered, and rightly.
 
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -105,6 +106,12 @@ async fn requests_survive_deaths_that_fall_into_them() {
         devices.kill(rank);
         tokio::time::sleep(DEAD).await;
         devices.restart(rank);
+        // Its life begins when it listens: on a machine with much to do all might be dead at once.
+        let deadline = Instant::now() + PATIENCE;
+        while TcpStream::connect(&devices.addresses[rank]).is_err() {
+            assert!(Instant::now() < deadline, "rank {rank} does not return");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
         deaths += 1;
         // Before the end one ends only with an answer that was wrong, or lost.
         if let Some(asker) = askers.try_join_next() {

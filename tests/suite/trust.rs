@@ -151,9 +151,10 @@ async fn a_node_whose_certificate_has_expired_is_believed_by_nobody() {
         while node.line() != "ready" {}
         (node, [address])
     };
-    let (_good, address) = node(&other);
+    let (good, address) = node(&other);
     Client::connect(&address, Some(&own), PATIENCE).await.unwrap();
-    let (_expired, address) = node(&expired);
+    drop(good);
+    let (_node, address) = node(&expired);
     let refused = Client::connect(&address, Some(&own), SOON).await.unwrap_err();
     assert!(matches!(refused, AskError::NoAnswer { .. } | AskError::Strange), "{refused:?}");
 }
