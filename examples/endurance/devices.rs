@@ -3,13 +3,15 @@
 //! Takes a model; gives processes, where they answer, and what they use. Dropping them kills them.
 
 use std::fs;
+use std::io::Write as _;
 use std::net::{SocketAddr, TcpListener};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use snn_compiler::{Nodes, Options, PolicySource, Source, compile};
+use snn_runtime::key::ClusterKey;
 
 use crate::http::{Connection, Request};
 
@@ -17,6 +19,8 @@ use crate::http::{Connection, Request};
 const NAME: &str = "snn.name";
 /// How long nodes may take to start and find each other, on a machine that has more to do.
 const READY_WITHIN: Duration = Duration::from_secs(60);
+/// How long a key is good: longer than any run.
+const KEY_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// A split model in a folder of its own, and inputs for it.
 pub(crate) struct Model {
@@ -25,10 +29,13 @@ pub(crate) struct Model {
     name: String,
     input: String,
     shape: Vec<usize>,
+    /// The file of the nodes' key, if they have one.
+    key: Option<PathBuf>,
 }
 
 impl Model {
-    pub(crate) fn split(model: &Path, policy: &Path) -> Result<Model> {
+    /// Splits a model by its policy; with a key beside the shards where `has_key`.
+    pub(crate) fn split(model: &Path, policy: &Path, has_key: bool) -> Result<Model> {
         let read = |path: &Path| fs::read(path).with_context(|| path.display().to_string());
         let source = Source::from_bytes(read(model)?.into())?;
         let policy = PolicySource::from_bytes(&read(policy)?)?;
@@ -40,7 +47,8 @@ impl Model {
         let (input, shape) = (port.name.clone(), port.shape.clone());
         let named = split.manifest.metadata.iter().find(|(key, _)| key == NAME);
         let name = named.map_or("model", |(_, name)| name).to_owned();
-        Ok(Model { folder, nodes: split.manifest.nodes.len(), name, input, shape })
+        let key = has_key.then(|| write_key(folder.path())).transpose()?;
+        Ok(Model { folder, nodes: split.manifest.nodes.len(), name, input, shape, key })
     }
 
     /// A request of the Open Inference Protocol, different for each seed.
@@ -74,11 +82,24 @@ impl Lines {
             line.extend(["--http".into(), http[rank].to_string()]);
             let others = listen.iter().enumerate().filter(|(other, _)| *other != rank);
             line.extend(others.flat_map(|(_, peer)| ["--peer".to_owned(), peer.to_string()]));
+            let key = model.key.iter();
+            line.extend(key.flat_map(|key| ["--key".to_owned(), key.display().to_string()]));
             line.extend(arguments.iter().map(|&argument| argument.to_owned()));
             line
         };
         Ok(Lines { lines: (0..model.nodes).map(line).collect(), http: http.to_vec() })
     }
+}
+
+/// Writes a new key into a folder, for its owner alone, and gives its file.
+fn write_key(folder: &Path) -> Result<PathBuf> {
+    let file = folder.join("cluster.key");
+    let mut options = fs::OpenOptions::new();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(&file)?.write_all(ClusterKey::new(KEY_LIFETIME)?.to_pem().as_bytes())?;
+    Ok(file)
 }
 
 /// Waits until a node knows of no missing rank.

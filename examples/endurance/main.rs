@@ -9,6 +9,9 @@
 //! - `clients`: many clients at once over HTTP; throughput, latency, who was turned away.
 //! - `watching`: throughput and processor time of a cluster that is watched, against the same when it is not.
 //!
+//! With `--key` the nodes have a key: what they say to each other is encrypted, and each proves to be of the
+//! cluster whenever it connects. Clients ask over HTTP on this machine all the same.
+//!
 //! Every answer is compared with the first of its input. Exit code 1 where one was wrong or lost.
 //! `cargo run --release --example endurance -- soak --minutes 20`
 
@@ -43,6 +46,9 @@ struct Args {
     /// Its policy
     #[arg(long, global = true, default_value = "examples/models/digits.json")]
     policy: PathBuf,
+    /// Give all nodes a key, made for the run: they then speak TLS with each other
+    #[arg(long, global = true)]
+    key: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -94,8 +100,8 @@ fn main() -> ExitCode {
         Ok(_) => return snn::run::run(snn::run::args::Args::parse()),
         Err(_) => {}
     }
-    let Args { what, model, policy } = Args::parse();
-    let done = Model::split(&model, &policy).and_then(|model| match what {
+    let Args { what, model, policy, key } = Args::parse();
+    let done = Model::split(&model, &policy, key).and_then(|model| match what {
         What::Soak { minutes, rate } => soak::run(&model, minutes, rate),
         What::Takeover { rounds } => takeover::run(&model, rounds),
         What::Returns { rounds } => returns::run(&model, rounds),

@@ -1,8 +1,9 @@
 //! The key of a cluster: one file that everyone who belongs to it has, and nobody else.
 //!
-//! [`ClusterKey::new`] makes one; [`ClusterKey::from_pem`] reads it back. It holds an authority's
-//! certificate, and one certificate of that authority with its private key, which all devices
-//! share: with it both ends of every connection prove that they belong to the cluster (mutual TLS).
+//! [`ClusterKey::new`] makes one, [`ClusterKey::of_one_cluster`] several with times of their own;
+//! [`ClusterKey::from_pem`] reads one back. It holds an authority's certificate, and one certificate of
+//! that authority with its private key, which all devices share: with it both ends of every connection
+//! prove that they belong to the cluster (mutual TLS).
 //! The authority's own private key is thrown away, so that nobody can add others later: a new key is
 //! a new cluster. Keys are never logged: they print as their fingerprint.
 //!
@@ -57,38 +58,46 @@ impl ClusterKey {
     /// # Errors
     /// [`KeyError::Make`] when the system has no random numbers, or the lifetime no end in the calendar.
     pub fn new(lifetime: Duration) -> Result<ClusterKey, KeyError> {
+        let [key] = ClusterKey::of_one_cluster([lifetime])?;
+        Ok(key)
+    }
+
+    /// Keys of one new cluster, each with a certificate of its own that is good for its lifetime from now on: who
+    /// has one proves it to who has another, for as long as both are good.
+    ///
+    /// # Errors
+    /// As [`ClusterKey::new`].
+    pub fn of_one_cluster<const KEYS: usize>(
+        lifetimes: [Duration; KEYS],
+    ) -> Result<[ClusterKey; KEYS], KeyError> {
         let now = OffsetDateTime::now_utc();
-        let end = now.checked_add(lifetime.try_into().map_err(|_| KeyError::Lifetime)?);
-        let (start, end) = (now - CLOCKS_BEHIND, end.ok_or(KeyError::Lifetime)?);
+        let start = now - CLOCKS_BEHIND;
+        let longest = end(now, lifetimes.into_iter().max().unwrap_or_default())?;
 
         let mut authority = authority_params("snn cluster authority".to_owned())?;
-        (authority.not_before, authority.not_after) = (start, end);
+        (authority.not_before, authority.not_after) = (start, longest);
         let authority_key = KeyPair::generate().map_err(make)?;
         let authority_certificate = authority.self_signed(&authority_key).map_err(make)?;
-
-        let mut member = CertificateParams::new(vec!["snn".to_owned()]).map_err(make)?;
-        member.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        member.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        member.distinguished_name.push(DnType::CommonName, "snn cluster member");
-        (member.not_before, member.not_after) = (start, end);
-        let member_key = KeyPair::generate().map_err(make)?;
         let issuer = Issuer::new(authority, authority_key);
-        let certificate = member.signed_by(&member_key, &issuer).map_err(make)?;
-        let mut key = ClusterKey {
+        let mut cluster = ClusterKey {
             authority: authority_certificate.pem(),
-            certificate: certificate.pem(),
-            private_key: member_key.serialize_pem(),
+            certificate: String::new(),
+            private_key: String::new(),
             web: None,
         };
 
-        let mut web = authority_params(key.web_name())?;
+        let mut web = authority_params(cluster.web_name())?;
         web.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        (web.not_before, web.not_after) = (start, end);
+        (web.not_before, web.not_after) = (start, longest);
         let web_key = KeyPair::generate().map_err(make)?;
         let certificate = web.self_signed(&web_key).map_err(make)?.pem();
-        key.web = Some(Web { certificate, private_key: web_key.serialize_pem() });
-        Ok(key)
+        cluster.web = Some(Web { certificate, private_key: web_key.serialize_pem() });
+
+        let mut keys: [ClusterKey; KEYS] = std::array::from_fn(|_| cluster.clone());
+        for (key, lifetime) in keys.iter_mut().zip(lifetimes) {
+            (key.certificate, key.private_key) = member(&issuer, (start, end(now, lifetime)?))?;
+        }
+        Ok(keys)
     }
 
     /// Reads a key file: the authority's certificate, the members' certificate, their private key; then
@@ -187,6 +196,28 @@ impl ClusterKey {
     }
 }
 
+/// When what is made now and is good for `lifetime` ends.
+fn end(now: OffsetDateTime, lifetime: Duration) -> Result<OffsetDateTime, KeyError> {
+    let lifetime = lifetime.try_into().map_err(|_| KeyError::Lifetime)?;
+    now.checked_add(lifetime).ok_or(KeyError::Lifetime)
+}
+
+/// A members' certificate that is good from the first date to the second, and its private key, both PEM.
+fn member(
+    issuer: &Issuer<'static, KeyPair>,
+    (start, end): (OffsetDateTime, OffsetDateTime),
+) -> Result<(String, String), KeyError> {
+    let mut member = CertificateParams::new(vec!["snn".to_owned()]).map_err(make)?;
+    member.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    member.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    member.distinguished_name.push(DnType::CommonName, "snn cluster member");
+    (member.not_before, member.not_after) = (start, end);
+    let private_key = KeyPair::generate().map_err(make)?;
+    let certificate = member.signed_by(&private_key, issuer).map_err(make)?;
+    Ok((certificate.pem(), private_key.serialize_pem()))
+}
+
 /// An authority of this name, whose dates are the caller's.
 fn authority_params(name: String) -> Result<CertificateParams, KeyError> {
     let mut params = CertificateParams::new(Vec::new()).map_err(make)?;
@@ -267,6 +298,15 @@ mod tests {
         assert!(early.ends_with("this device's clock says 1970-01-01: set the clock"), "{early}");
         let late = said(now + days(1)).unwrap();
         assert!(late.starts_with("expired on 2") && late.contains("snnc key new"), "{late}");
+    }
+
+    #[test]
+    fn keys_of_one_cluster_differ_in_their_members_certificate_alone() {
+        let [long, short] = ClusterKey::of_one_cluster([60, 30].map(Duration::from_secs)).unwrap();
+        assert!(long.authority == short.authority && long.web == short.web);
+        assert!(long.certificate != short.certificate && long.private_key != short.private_key);
+        let between = SystemTime::now() + Duration::from_secs(45);
+        assert!(long.untimely(between).is_none() && short.untimely(between).is_some());
     }
 
     #[test]

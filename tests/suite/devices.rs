@@ -9,12 +9,15 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use snn_runtime::Tensor;
 use snn_runtime::client::Client;
+use snn_runtime::key::ClusterKey;
 use snn_schemas::{Dtype, Policy};
 
 use crate::cluster::PATIENCE;
 use crate::fixtures::{Net, residual};
 use crate::processes::{SNN_RUN, kill};
+use crate::trust::write_key;
 use crate::{assert_close, image, policy, reference};
 
 /// Deadline of a request. More than the usual 2 s: tests share the machine, and with 2 s a request of one
@@ -52,12 +55,24 @@ pub(crate) struct Devices {
     lines: Vec<Vec<String>>,
     processes: Vec<Child>,
     pub(crate) addresses: Vec<String>,
+    key: Option<ClusterKey>,
 }
 
 impl Devices {
     /// Four nodes on this machine.
     pub(crate) fn start(folder: tempfile::TempDir) -> Devices {
         Devices::start_at(folder, free_places(4).into_iter().map(Place::here).collect(), &[])
+    }
+
+    /// Four nodes on this machine that let nobody in who has not their key.
+    pub(crate) fn start_with_key(folder: tempfile::TempDir) -> Devices {
+        let key = ClusterKey::new(Duration::from_secs(3600)).unwrap();
+        let file = folder.path().join("cluster.key");
+        write_key(&file, &key);
+        let places = free_places(4).into_iter().map(Place::here).collect();
+        let mut devices = Devices::start_at(folder, places, &["--key", file.to_str().unwrap()]);
+        devices.key = Some(key);
+        devices
     }
 
     /// Four nodes on this machine, each with its own shard alone, that keep in `kept` what they are handed.
@@ -114,13 +129,13 @@ impl Devices {
 
     fn run(folder: tempfile::TempDir, lines: Vec<Vec<String>>, addresses: Vec<String>) -> Devices {
         let processes = lines.iter().map(|line| spawn(line)).collect();
-        Devices { folder, lines, processes, addresses }
+        Devices { folder, lines, processes, addresses, key: None }
     }
 
     pub(crate) async fn client(&self) -> Client {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            match Client::connect(&self.addresses, None, WITHIN).await {
+            match Client::connect(&self.addresses, self.key.as_ref(), WITHIN).await {
                 Ok(client) => return client,
                 Err(error) => assert!(Instant::now() < deadline, "{error}"),
             }
@@ -199,6 +214,17 @@ pub(crate) fn die_and_return(devices: &mut Devices, number: usize) {
     }
 }
 
+/// Asks once; the answer must be right and in time.
+pub(crate) async fn ask(client: &Client, input: Tensor, expected: &[f32], what: &str) {
+    let start = Instant::now();
+    let answer = client.infer(vec![input], WITHIN).await;
+    let answer = answer.unwrap_or_else(|error| panic!("{what}: {error}"));
+    assert_close(answer.outputs[0].data(), expected, what);
+    assert!(!answer.degraded, "{what}");
+    let took = start.elapsed();
+    assert!(took < WITHIN + TAKEOVER, "{what} took {took:?}");
+}
+
 /// Asks `count` times, doing `harm` before each; every answer must be right and in time.
 pub(crate) async fn ask_through(
     net: &Net,
@@ -214,13 +240,7 @@ pub(crate) async fn ask_through(
         harm(devices, number);
         let input = image(net, number);
         let expected = reference::logits(net, Some(&policy), input.data());
-        let start = Instant::now();
-        let answer = client.infer(vec![input], WITHIN).await;
-        let answer = answer.unwrap_or_else(|error| panic!("request {number}: {error}"));
-        assert_close(answer.outputs[0].data(), &expected, &format!("request {number}"));
-        assert!(!answer.degraded);
-        let took = start.elapsed();
-        assert!(took < WITHIN + TAKEOVER, "request {number} took {took:?}");
+        ask(&client, input, &expected, &format!("request {number}")).await;
         // Some time passes, or all would be answered between two deaths.
         tokio::time::sleep(Duration::from_millis(10)).await;
     }

@@ -2,22 +2,25 @@
 
 use std::io::Write as _;
 use std::net::TcpStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use snn_compiler::{Nodes, Split};
+use snn_runtime::TractEngine;
 use snn_runtime::mailbox::MAX_REQUESTS;
 use snn_runtime::membership::Role;
-use snn_runtime::transport::Transport as _;
+use snn_runtime::transport::memory::MemoryTransport;
 use snn_runtime::transport::zenoh::{Identity, Link, MAX_MESSAGE, Options, ZenohTransport};
+use snn_runtime::transport::{BoxFuture, Event, Transport, TransportError};
 use snn_schemas::MAX_GROUPS;
 use snn_schemas::wire::{Cancel, TensorFrame};
 
-use crate::devices::{Devices, ask_through, die_and_return, net, policy_of};
+use crate::cluster::{Cluster, PATIENCE};
+use crate::devices::{Devices, WITHIN, ask_through, die_and_return, net, policy_of};
 use crate::fixtures::Net;
-use crate::{folder, split};
+use crate::{assert_close, folder, image, reference, split};
 
 /// Malformed frames sent to running nodes.
 const FRAMES: usize = 12_000;
@@ -25,6 +28,8 @@ const FRAMES: usize = 12_000;
 const CONNECTIONS: usize = 2_000;
 /// Connections that say nothing at all, and stay.
 const SILENT: usize = 200;
+/// Requests whose frames are sent again.
+const REPLAYED: u64 = 3;
 /// What a node's memory may grow by, in KiB: far less than any of the frames kept would need.
 const MAX_GROWTH: u64 = 32 << 10;
 
@@ -209,4 +214,65 @@ async fn requests_that_a_peer_has_made_up_keep_no_other_out() {
     assert!(opened > 3 * MAX_REQUESTS, "{opened}");
     ask_through(&net, &mut devices, 20, |_, _| {}).await;
     assert!(devices.all_run());
+}
+
+/// Frames as they were sent, each with the rank it was sent to.
+type Sent = Arc<Mutex<Vec<(usize, Bytes)>>>;
+
+/// Sends every frame twice, and keeps it for later.
+struct Twice {
+    network: MemoryTransport,
+    sent: Sent,
+}
+
+impl Transport for Twice {
+    fn send(&self, to: usize, frame: Bytes) -> BoxFuture<'_, Result<(), TransportError>> {
+        self.sent.lock().unwrap().push((to, frame.clone()));
+        Box::pin(async move {
+            self.network.send(to, frame.clone()).await?;
+            self.network.send(to, frame).await
+        })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn real_frames_that_are_sent_again_change_no_answer_and_open_no_request() {
+    let net = net();
+    let policy = policy_of(&net);
+    let split = split(&net, Some(&policy), Nodes::PerGroup);
+    let sent = Sent::default();
+    let kept = Arc::clone(&sent);
+    let twice =
+        move |network| Arc::new(Twice { network, sent: Arc::clone(&kept) }) as Arc<dyn Transport>;
+    let cluster = Cluster::start_with(&split, || TractEngine::new(1), twice).await;
+    let ask = async |seed: usize| {
+        let input = image(&net, seed);
+        let expected = reference::logits(&net, Some(&policy), input.data());
+        let answer = cluster.entry().infer(vec![input], WITHIN).await.unwrap();
+        assert_close(answer.outputs[0].data(), &expected, &format!("request {seed}"));
+        assert!(!answer.degraded);
+    };
+    let counts = || -> Vec<(u64, u64)> {
+        let reports = cluster.nodes.iter().map(|node| node.report());
+        reports.map(|report| (report.requests, report.failures)).collect()
+    };
+    for seed in 0..REPLAYED as usize {
+        ask(seed).await;
+    }
+    // Nodes may have something left to do when the answer is there.
+    let deadline = Instant::now() + PATIENCE;
+    while counts() != [(REPLAYED, 0); 4] {
+        assert!(Instant::now() < deadline, "{:?}", counts());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let frames = std::mem::take(&mut *sent.lock().unwrap());
+    assert!(frames.len() >= 3 * REPLAYED as usize, "{}", frames.len());
+    for (to, bytes) in frames {
+        let sink = cluster.nodes[to].sink();
+        sink(Event::Frame { bytes });
+    }
+    // A request that they had opened would have ended by then, as one that failed.
+    tokio::time::sleep(WITHIN + Duration::from_millis(500)).await;
+    assert_eq!(counts(), [(REPLAYED, 0); 4]);
+    ask(REPLAYED as usize).await;
 }

@@ -21,7 +21,7 @@ use crate::cluster::PATIENCE;
 use crate::fixtures::{Net, residual};
 use crate::processes::{NodeProcess, SNN_RUN};
 use crate::site::{self, logits};
-use crate::trust::{eavesdrop, write_key};
+use crate::trust::{eavesdrop, good_and_expired, write_key};
 use crate::{assert_close, folder, image, reference, ring};
 
 /// Connections that begin a handshake and never end it, at once.
@@ -148,8 +148,7 @@ fn who_knows_the_authority_is_answered_and_who_does_not_refuses() {
     let key = std::fs::read_to_string(&served.key).unwrap();
     let members = key.split_inclusive("-----END CERTIFICATE-----\n").next().unwrap();
     let other = ClusterKey::new(Duration::from_secs(3600)).unwrap();
-    let expired = ClusterKey::new(Duration::ZERO).unwrap();
-    let strangers = [members, other.web_authority().unwrap(), expired.web_authority().unwrap()];
+    let strangers = [members, other.web_authority().unwrap()];
     for (roots, name) in strangers.iter().map(|roots| (*roots, "127.0.0.1")).chain([
         // An address that is not its own.
         (authority.as_str(), "192.0.2.1"),
@@ -160,27 +159,52 @@ fn who_knows_the_authority_is_answered_and_who_does_not_refuses() {
     assert_answers(&served, "127.0.0.1", &authority);
 }
 
+/// Writes the parts of a key, a file each: they are a certificate of the owner's own too, for its members' is
+/// good for the name "snn". The first is the authority's, the next two are that certificate and its key.
+fn write_parts(folder: &Path, key: &ClusterKey) -> Vec<PathBuf> {
+    let key = key.to_pem();
+    let blocks = key.split_inclusive("-----\n").collect::<Vec<_>>();
+    let write = |(number, block): (usize, &[&str])| {
+        let path = folder.join(format!("part{number}.pem"));
+        std::fs::write(&path, block.concat()).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o640);
+        std::fs::set_permissions(&path, mode).unwrap();
+        path
+    };
+    blocks.chunks(2).enumerate().map(write).collect()
+}
+
+/// What a node is given to serve with that certificate.
+fn options(certificate: &Path, key: &Path) -> [String; 5] {
+    let [certificate, key] = [certificate, key].map(|path| path.display().to_string());
+    ["127.0.0.1:0".into(), "--https-cert".into(), certificate, "--https-key".into(), key]
+}
+
+#[test]
+fn a_certificate_that_has_expired_is_refused_by_who_knows_its_authority() {
+    let [_, good, expired] = good_and_expired();
+    // One authority's, one after the other.
+    for (key, is_good) in [(good, true), (expired, false)] {
+        let served = Served::start(|folder| {
+            let parts = write_parts(folder, &key);
+            options(&parts[1], &parts[2]).to_vec()
+        });
+        let roots = std::fs::read_to_string(served.folder.path().join("part0.pem")).unwrap();
+        if is_good {
+            assert_answers(&served, "snn", &roots);
+            continue;
+        }
+        let refused = ask(connect(served.address, "snn", &roots), "GET /v2", "").unwrap_err();
+        let expected = "invalid peer certificate: certificate expired";
+        assert!(refused.starts_with(expected), "{refused}");
+    }
+}
+
 #[test]
 fn a_certificate_of_the_owners_own_is_shown() {
-    // A key has one, in fact: its members' is good for the name "snn".
-    let parts = |folder: &Path| -> Vec<PathBuf> {
-        let key = ClusterKey::new(Duration::from_secs(3600)).unwrap().to_pem();
-        let blocks = key.split_inclusive("-----\n").collect::<Vec<_>>();
-        let write = |(number, block): (usize, &[&str])| {
-            let path = folder.join(format!("part{number}.pem"));
-            std::fs::write(&path, block.concat()).unwrap();
-            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o640);
-            std::fs::set_permissions(&path, mode).unwrap();
-            path
-        };
-        blocks.chunks(2).enumerate().map(write).collect()
-    };
-    let options = |certificate: &Path, key: &Path| {
-        let [certificate, key] = [certificate, key].map(|path| path.display().to_string());
-        ["127.0.0.1:0".into(), "--https-cert".into(), certificate, "--https-key".into(), key]
-    };
     let served = Served::start(|folder| {
-        let parts = parts(folder);
+        let key = ClusterKey::new(Duration::from_secs(3600)).unwrap();
+        let parts = write_parts(folder, &key);
         options(&parts[1], &parts[2]).to_vec()
     });
     let path = |number: usize| served.folder.path().join(format!("part{number}.pem"));

@@ -1,30 +1,52 @@
 //! Nodes die, freeze and return while requests are made: every one is answered, and rightly.
 
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use snn_compiler::Nodes;
+use snn_runtime::Tensor;
+use snn_runtime::client::Client;
+use tokio::task::JoinSet;
 
 use crate::cluster::PATIENCE;
-use crate::devices::{Devices, WITHIN, any_rank, ask_through, die_and_return, net, policy_of};
+use crate::devices::{Devices, WITHIN, any_rank, ask, ask_through, die_and_return, net, policy_of};
 use crate::site::{connect, infer};
 use crate::{assert_close, folder, image, reference};
 
 /// Longer than a node may stand still before it joins again as a new one.
 const FREEZE: Duration = Duration::from_millis(1_500);
 
+/// Those who ask without pause while nodes die.
+const ASKERS: usize = 3;
+/// Inputs of each.
+const INPUTS: usize = 8;
+/// How long a node lives before it is killed, and how long it is dead.
+const ALIVE: Duration = Duration::from_millis(700);
+const DEAD: Duration = Duration::from_millis(300);
+/// Answers and deaths at least: with one answer after another, each death falls into requests.
+const ANSWERS: usize = 200;
+const DEATHS: usize = 12;
+
 fn devices() -> Devices {
     let net = net();
     Devices::start(folder(&net, Some(&policy_of(&net)), Nodes::PerGroup))
 }
 
+fn devices_with_key() -> Devices {
+    let net = net();
+    Devices::start_with_key(folder(&net, Some(&policy_of(&net)), Nodes::PerGroup))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn two_hundred_requests_survive_nodes_that_die_and_return() {
-    ask_through(&net(), &mut devices(), 200, die_and_return).await;
+    ask_through(&net(), &mut devices_with_key(), 200, die_and_return).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_hundred_requests_survive_nodes_that_freeze_and_thaw() {
-    ask_through(&net(), &mut devices(), 200, |devices, number| {
+    ask_through(&net(), &mut devices_with_key(), 200, |devices, number| {
         // The node with the head, and the one the client talks to, are among them.
         let rank = any_rank(number / 40);
         match number % 40 {
@@ -34,6 +56,72 @@ async fn two_hundred_requests_survive_nodes_that_freeze_and_thaw() {
         }
     })
     .await;
+}
+
+/// Inputs, each with what is expected of it: others for each asker.
+fn known(asker: usize) -> Vec<(Tensor, Vec<f32>)> {
+    let net = net();
+    let policy = policy_of(&net);
+    let with_expected = |seed: usize| {
+        let input = image(&net, seed);
+        let expected = reference::logits(&net, Some(&policy), input.data());
+        (input, expected)
+    };
+    (asker * INPUTS..(asker + 1) * INPUTS).map(with_expected).collect()
+}
+
+/// Asks until the end, and counts the answers; every one must be right and in time.
+async fn ask_without_pause(
+    client: Client,
+    asker: usize,
+    answers: Arc<AtomicUsize>,
+    ended: Arc<AtomicBool>,
+) {
+    let known = known(asker);
+    for (number, (input, expected)) in known.iter().cycle().enumerate() {
+        if ended.load(Ordering::Relaxed) {
+            return;
+        }
+        let what = format!("request {number} of asker {asker}");
+        ask(&client, input.clone(), expected, &what).await;
+        answers.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_survive_deaths_that_fall_into_them() {
+    let mut devices = devices_with_key();
+    let (answers, ended) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+    let mut askers = JoinSet::new();
+    for asker in 0..ASKERS {
+        let client = devices.client().await;
+        // The first answer shows that the cluster has been complete.
+        client.infer(vec![image(&net(), 0)], PATIENCE).await.unwrap();
+        askers.spawn(ask_without_pause(client, asker, Arc::clone(&answers), Arc::clone(&ended)));
+    }
+    let mut deaths = 0;
+    while deaths < DEATHS || answers.load(Ordering::Relaxed) < ANSWERS {
+        tokio::time::sleep(ALIVE).await;
+        let rank = any_rank(deaths);
+        devices.kill(rank);
+        tokio::time::sleep(DEAD).await;
+        devices.restart(rank);
+        // Its life begins when it listens: on a machine with much to do all might be dead at once.
+        let deadline = Instant::now() + PATIENCE;
+        while TcpStream::connect(&devices.addresses[rank]).is_err() {
+            assert!(Instant::now() < deadline, "rank {rank} does not return");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        deaths += 1;
+        // Before the end one ends only with an answer that was wrong, or lost.
+        if let Some(asker) = askers.try_join_next() {
+            asker.unwrap();
+        }
+    }
+    ended.store(true, Ordering::Relaxed);
+    while let Some(asker) = askers.join_next().await {
+        asker.unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

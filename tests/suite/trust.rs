@@ -5,18 +5,22 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
-use snn_compiler::Nodes;
+use snn_compiler::{Nodes, Split};
 use snn_runtime::client::{AskError, Client};
 use snn_runtime::key::ClusterKey;
+use snn_runtime::knowledge::Knowledge;
+use snn_runtime::serve::{Server, ServerOptions};
+use snn_runtime::transport::zenoh::{Link, Options};
+use snn_runtime::{Engine, Tensor, TractEngine};
 use snn_schemas::Dtype;
 
 use crate::cluster::PATIENCE;
 use crate::fixtures::{Net, residual};
 use crate::processes::NodeProcess;
 use crate::traces::wait_for_lanes;
-use crate::{assert_close, folder, image, reference, ring};
+use crate::{assert_close, folder, image, reference, ring, split};
 
 const SOON: Duration = Duration::from_millis(1500);
 
@@ -32,6 +36,18 @@ pub(crate) fn write_key(path: &Path, key: &ClusterKey) {
 
 fn key() -> ClusterKey {
     ClusterKey::new(Duration::from_secs(3600)).unwrap()
+}
+
+/// Three keys of one cluster: two that are good, and one whose certificate has expired, by nothing else refused.
+pub(crate) fn good_and_expired() -> [ClusterKey; 3] {
+    let lifetimes = [3600, 3600, 0].map(Duration::from_secs);
+    let keys = ClusterKey::of_one_cluster(lifetimes).unwrap();
+    // Certificates count whole seconds, of which the last one is still good.
+    std::thread::sleep(Duration::from_millis(1_100));
+    let now = SystemTime::now();
+    assert_eq!(keys.each_ref().map(|key| key.untimely(now).is_none()), [true, true, false]);
+    assert!(keys.iter().all(|key| key.fingerprint() == keys[0].fingerprint()));
+    keys
 }
 
 /// Two nodes with a key, and the address of each.
@@ -53,15 +69,18 @@ async fn members_are_answered_and_nobody_else() {
     let net = net();
     let policy = ring(&net, 1, Dtype::F16);
     let folder = folder(&net, Some(&policy), Nodes::PerGroup);
-    let own = key();
+    let [own, other, expired] = good_and_expired();
     let (_nodes, addresses) = cluster(folder.path(), &own);
-    let client = Client::connect(&addresses, Some(&own), PATIENCE).await.unwrap();
     let input = image(&net, 0);
     let expected = reference::logits(&net, Some(&policy), input.data());
-    let answer = client.infer(vec![input], PATIENCE).await.unwrap();
-    assert_close(answer.outputs[0].data(), &expected, "with the key");
+    let client = Client::connect(&addresses, Some(&own), PATIENCE).await.unwrap();
+    // Another certificate of the cluster's does as well, while it is good.
+    let member = Client::connect(&addresses, Some(&other), PATIENCE).await.unwrap();
+    for (client, key) in [(&client, "with the key"), (&member, "with another of the cluster")] {
+        let answer = client.infer(vec![input.clone()], PATIENCE).await.unwrap();
+        assert_close(answer.outputs[0].data(), &expected, key);
+    }
 
-    let expired = ClusterKey::new(Duration::ZERO).unwrap();
     for stranger in [None, Some(&key()), Some(&expired)] {
         let refused = Client::connect(&addresses, stranger, SOON).await.unwrap_err();
         let refused_whole =
@@ -113,32 +132,63 @@ async fn a_long_trace_comes_through_any_node() {
     assert!(passed_on > 256 << 10, "{passed_on} bytes");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_whose_certificate_has_expired_is_believed_by_nobody() {
+    let net = net();
+    let folder = folder(&net, None, Nodes::Even(1));
+    let [own, other, expired] = good_and_expired();
+    let node = |key: &ClusterKey| {
+        let file = folder.path().join("cluster.key");
+        write_key(&file, key);
+        let arguments = ["--key", file.to_str().unwrap(), "--listen", "127.0.0.1:0"];
+        let mut node = NodeProcess::start(&folder.path().join("shard_0.onnx"), &arguments);
+        let address = loop {
+            // What is wrong with a key is said before.
+            if let Some(address) = node.line().strip_prefix("listening on tls/") {
+                break address.to_owned();
+            }
+        };
+        while node.line() != "ready" {}
+        (node, [address])
+    };
+    let (good, address) = node(&other);
+    Client::connect(&address, Some(&own), PATIENCE).await.unwrap();
+    drop(good);
+    let (_node, address) = node(&expired);
+    let refused = Client::connect(&address, Some(&own), SOON).await.unwrap_err();
+    assert!(matches!(refused, AskError::NoAnswer { .. } | AskError::Strange), "{refused:?}");
+}
+
 #[test]
 fn a_node_without_the_key_stays_outside() {
     let net = net();
     let folder = folder(&net, Some(&ring(&net, 1, Dtype::F16)), Nodes::PerGroup);
-    let own = key();
-    let file = folder.path().join("cluster.key");
-    write_key(&file, &own);
-    let arguments = ["--key", file.to_str().unwrap(), "--listen", "127.0.0.1:0"];
+    let [own, member, expired] = good_and_expired();
+    let [own, member, expired, other] =
+        [("own", own), ("member", member), ("expired", expired), ("other", key())].map(
+            |(name, key)| {
+                let file = folder.path().join(name);
+                write_key(&file, &key);
+                file.to_str().unwrap().to_owned()
+            },
+        );
+    let arguments = ["--key", &own, "--listen", "127.0.0.1:0"];
     let mut first = NodeProcess::start(&folder.path().join("shard_0.onnx"), &arguments);
     let address = first.line().strip_prefix("listening on tls/").unwrap().to_owned();
     assert_eq!(first.line(), "waiting for rank 1");
-    let expired = folder.path().join("expired.key");
-    write_key(&expired, &ClusterKey::new(Duration::ZERO).unwrap());
-    let other = folder.path().join("other.key");
-    write_key(&other, &key());
     let shard = folder.path().join("shard_1.onnx");
-    let [expired, other] = [&expired, &other].map(|path| path.to_str().unwrap().to_owned());
+    let line = ["--peer", &address, "--listen", "127.0.0.1:0"];
     for stranger in [&[][..], &["--key", &other], &["--key", &expired]] {
-        let line = [&["--peer", &address, "--listen", "127.0.0.1:0", "--timeout", "1.5"], stranger]
-            .concat();
+        let line = [&line[..], &["--timeout", "1.5"], stranger].concat();
         let mut node = NodeProcess::start(&shard, &line);
         let said = node.rest();
         assert!(said.ends_with("peers: rank 0 missing after 1.5 s\n"), "{said}");
-        // Nor did the first hear of a second.
         assert_eq!(node.code(), Some(2));
     }
+    // Nor did the first hear of a second, until one comes that has another good key of the cluster.
+    let mut node = NodeProcess::start(&shard, &[&line[..], &["--key", &member]].concat());
+    while node.line() != "ready" {}
+    assert_eq!(first.line(), "ready");
 }
 
 fn infer(folder: &Path, arguments: &[&str]) -> Output {
@@ -244,4 +294,60 @@ async fn whoever_listens_on_the_wire_learns_nothing_of_the_input() {
     client.infer(vec![input], PATIENCE).await.unwrap();
     let heard = heard.lock().unwrap();
     assert!(heard.len() > secret.len() && !contains(&heard));
+}
+
+/// A node in this process, which looks for nobody by multicast: it meets others at these addresses alone.
+async fn serve(split: &Split, rank: usize, key: Option<&ClusterKey>, peers: &[String]) -> Server {
+    let (listen, peers, key) = ("127.0.0.1:0".to_owned(), peers.to_vec(), key.cloned());
+    let link = Link::open(&Options { listen, peers, key, ..Options::default() }).await.unwrap();
+    let knowledge = Knowledge::new(split.shards[rank].to_bytes().into()).unwrap();
+    let engines = Arc::new(|| Box::new(TractEngine::new(1)) as Box<dyn Engine>);
+    Server::start(link, Arc::new(knowledge), engines, ServerOptions::default()).await.unwrap()
+}
+
+/// Everything that two nodes say to each other while they answer.
+async fn heard_between_nodes(split: &Split, key: Option<&ClusterKey>, input: &Tensor) -> Vec<u8> {
+    let first = serve(split, 0, key, &[]).await;
+    let (address, heard) = eavesdrop(first.address().split_once('/').unwrap().1);
+    let second = serve(split, 1, key, &[address]).await;
+    let deadline = Instant::now() + PATIENCE;
+    while !(first.missing().is_empty() && second.missing().is_empty()) {
+        assert!(Instant::now() < deadline, "the nodes do not meet");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let client = Client::connect(&[first.address().to_owned()], key, PATIENCE).await.unwrap();
+    // Some times, for what is looked for may be heard in two pieces.
+    for _ in 0..5 {
+        client.infer(vec![input.clone()], PATIENCE).await.unwrap();
+    }
+    let reports = [first.reports(), second.reports()].concat();
+    let sent: u64 = reports.iter().map(|report| report.bytes_sent).sum();
+    client.close().await;
+    second.shutdown().await;
+    first.shutdown().await;
+    let heard = heard.lock().unwrap().clone();
+    assert!(sent > 0 && heard.len() as u64 > sent, "{} of {sent} bytes", heard.len());
+    heard
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_listens_between_two_nodes_learns_nothing_of_the_input() {
+    let net = net();
+    let split = split(&net, Some(&ring(&net, 1, Dtype::F16)), Nodes::PerGroup);
+    let input = image(&net, 3);
+    let part = &input.data()[10..18];
+    let numbers: Vec<u8> = part.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let halves: Vec<u8> = part.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect();
+    // What they speak of is in the names of all that they say.
+    let name = split.manifest.split.as_bytes()[..16].to_vec();
+    let contains =
+        |heard: &[u8], part: &[u8]| heard.windows(part.len()).any(|window| window == part);
+
+    // Without a key it is there to be heard: else the test would prove nothing.
+    let open = heard_between_nodes(&split, None, &input).await;
+    assert!(contains(&open, &numbers) && contains(&open, &name));
+    let closed = heard_between_nodes(&split, Some(&key()), &input).await;
+    for secret in [numbers, halves, name] {
+        assert!(!contains(&closed, &secret));
+    }
 }

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::Parser;
 use snn_runtime::TractEngine;
 use snn_runtime::http::{Http, Limits};
+use snn_runtime::key::ClusterKey;
 use snn_runtime::knowledge::Knowledge;
 use snn_runtime::serve::{Server, ServerOptions};
 use snn_runtime::transport::zenoh::{Link, Options};
@@ -27,10 +28,14 @@ struct Args {
     http: String,
     #[arg(long)]
     peer: Vec<String>,
+    #[arg(long)]
+    key: Option<std::path::PathBuf>,
 }
 
 pub(crate) fn run() -> Result<()> {
-    let Args { shard, listen, http, peer } = Args::parse();
+    let Args { shard, listen, http, peer, key } = Args::parse();
+    let key = key.map(std::fs::read_to_string).transpose()?;
+    let key = key.map(|text| ClusterKey::from_pem(&text)).transpose()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(IO_THREADS)
         .enable_all()
@@ -39,7 +44,7 @@ pub(crate) fn run() -> Result<()> {
     let knowledge = Arc::new(Knowledge::new(std::fs::read(shard)?.into())?);
     let nodes = knowledge.shard().identity().nodes;
     let server = runtime.block_on(async {
-        let link = Link::open(&Options { listen, peers: peer, ..Options::default() }).await?;
+        let link = Link::open(&Options { listen, peers: peer, key, ..Options::default() }).await?;
         let engines = Arc::new(|| Box::new(TractEngine::new(1)) as _);
         let options = ServerOptions { takeover: true, ..ServerOptions::default() };
         Server::start(link, knowledge, engines, options).await.context("start")
