@@ -50,6 +50,9 @@ struct Figures {
     hidden: Option<f64>,
     /// Of the entry node: neither computing nor waiting.
     other_share: f64,
+    /// The same in ms, and that of the one device: both have the asker's way to the cluster and back.
+    four_other_ms: f64,
+    one_other_ms: f64,
     predicted_compute_ms: Vec<f64>,
     compute_ms: Vec<f64>,
     predicted_waiting_ms: Vec<f64>,
@@ -76,8 +79,7 @@ impl Figures {
         let predicted_ms = 1e3 * predicted.latency;
         let perfect_ms = 1e3 * perfect.latency;
         let perfect_speed_up = one_ms / perfect_ms;
-        let entry = &four.nodes[split.manifest.entry];
-        let mean = four.latencies.iter().sum::<f64>() / four.latencies.len() as f64;
+        let four_other_ms = other(four, split.manifest.entry);
         Ok(Figures {
             policy: policy.clone(),
             link_mbit: link.bits_per_second / 1e6,
@@ -94,7 +96,9 @@ impl Figures {
             emulation_error: median(emulated) / four_ms - 1.0,
             predicted_hidden: predicted.hidden(),
             hidden: *hidden,
-            other_share: 1.0 - (entry.compute + entry.waiting) / mean,
+            other_share: four_other_ms / mean(four),
+            four_other_ms,
+            one_other_ms: other(one, 0),
             predicted_compute_ms: predicted.nodes.iter().map(|node| 1e3 * node.compute).collect(),
             compute_ms: four.nodes.iter().map(|node| node.compute).collect(),
             predicted_waiting_ms: predicted.nodes.iter().map(|node| 1e3 * node.waiting).collect(),
@@ -118,6 +122,16 @@ fn as_sent(split: &Split, cluster: &Cluster) -> Result<Plan> {
 
 fn median(cluster: &Cluster) -> f64 {
     quantile(&cluster.latencies, 0.5)
+}
+
+fn mean(cluster: &Cluster) -> f64 {
+    cluster.latencies.iter().sum::<f64>() / cluster.latencies.len() as f64
+}
+
+/// Of a request's time, what the entry node neither computes nor waits, in ms.
+fn other(cluster: &Cluster, entry: usize) -> f64 {
+    let node = &cluster.nodes[entry];
+    mean(cluster) - node.compute - node.waiting
 }
 
 impl Report {
@@ -178,8 +192,7 @@ impl Report {
 fn picture(args: &Args, models: &Models, runs: &[&Run]) -> Result<String> {
     let bar = |name: String, cluster: &Cluster, entry: usize| {
         let node = &cluster.nodes[entry];
-        let mean = cluster.latencies.iter().sum::<f64>() / cluster.latencies.len() as f64;
-        let other = (mean - node.compute - node.waiting).max(0.0);
+        let other = other(cluster, entry).max(0.0);
         Bar { name, parts: vec![node.compute, node.waiting, other] }
     };
     let first = runs.first().context("nothing was measured")?;
@@ -234,7 +247,7 @@ fn text(
             "\n{}, {} Mbit/s, {} ms:\n  \
              one {:.2} ms, four {:.2} ms, predicted {:.2} ms ({:+.1} %), emulated {:.2} ms ({:+.1} %)\n  \
              speed-up {:.2}, of a perfect runtime {:.2}: {:.1} % of it\n  \
-             hidden {}, predicted {}; other {:.1} % of the time",
+             hidden {}, predicted {}; other {:.1} % of the time, {:.2} ms (one device: {:.2} ms)",
             link.policy,
             link.link_mbit,
             link.round_trip_ms,
@@ -250,6 +263,8 @@ fn text(
             hidden(link.hidden),
             hidden(link.predicted_hidden),
             percent(link.other_share),
+            link.four_other_ms,
+            link.one_other_ms,
         );
         if let Some(times) = link.over_onnxruntime {
             let _ = writeln!(text, "  {times:.2} times as fast as one device with ONNX Runtime");

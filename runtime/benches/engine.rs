@@ -1,9 +1,10 @@
 //! Kernels and engines, timed on one thread: `cargo bench -p snn-runtime`.
 //!
-//! `peak` is what the core can do at most; `kernel/*` are the convolutions of the networks that the
-//! project is about, in floating-point operations per second: once with an input that is padded first,
-//! once with one stored with the zeros that pad it. `engine/*` runs whole files, as many as
-//! the variable `SNN_BENCH_MODELS` names (separated by `:`), with this crate's convolutions and with stock tract.
+//! `kernel/SET/*` are the convolutions of the networks that the project is about, in floating-point operations
+//! per second, on each instruction set that the machine has: once with an input that is padded first, once with
+//! one stored with the zeros that pad it. `kernel/SET/peak` is what the core can do at most with that set.
+//! `engine/*` runs whole files, as many as the variable `SNN_BENCH_MODELS` names (separated by `:`), with this
+//! crate's convolutions and with stock tract.
 
 use std::hint::black_box;
 
@@ -34,8 +35,13 @@ const SHAPES: [[usize; 6]; 15] = [
 ];
 
 fn kernels(c: &mut Criterion) {
-    let isa = Isa::best();
-    let mut group = c.benchmark_group("kernel");
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        kernels_of(isa, c);
+    }
+}
+
+fn kernels_of(isa: Isa, c: &mut Criterion) {
+    let mut group = c.benchmark_group(format!("kernel/{isa:?}"));
     group.throughput(Throughput::Elements(fma_loop(isa, 10_000).0));
     group.bench_function("peak", |b| b.iter(|| fma_loop(isa, black_box(10_000))));
     let cases = SHAPES.into_iter().flat_map(|shape| [(shape, false), (shape, true)]);

@@ -36,6 +36,8 @@ pub const LEAST: f32 = 1e-30;
 /// Fewest elements of a channel that has a scale of its own: four bytes beside them are an eighth of
 /// their bytes at most. Smaller ones share the scale of their image.
 pub const LEAST_RUN: usize = 32;
+/// Share of features taken for zero where nobody says otherwise: what a ReLU leaves of numbers around zero.
+pub const LIKELY_ZEROS: f64 = 0.5;
 
 /// 1.5 · 2²³: a number between ±2²² added to it lands where one step is 1, rounded to even.
 pub const TO_WHOLE: f32 = 12_582_912.0;
@@ -139,15 +141,23 @@ impl Codec {
         self.body(elements)?.checked_add(scales)?.checked_add(form)
     }
 
-    /// Bytes that a payload of `shape` mostly has, for predictions: with half of the elements zero where
-    /// zeros are packed, and all of them pixels where they may be.
+    /// Bytes that a payload of `shape` mostly has, for predictions: with [`LIKELY_ZEROS`] of the elements zero
+    /// where zeros are packed, and all of them pixels where they may be.
     pub fn likely_bytes(&self, shape: &[usize]) -> Option<usize> {
+        self.bytes_with_zeros(shape, LIKELY_ZEROS)
+    }
+
+    /// The same with another share of zeros, 0 to 1.
+    pub fn bytes_with_zeros(&self, shape: &[usize], zeros: f64) -> Option<usize> {
         let all = self.bytes(shape)?;
         let elements: usize = shape.iter().product();
         let body = self.body(elements)?;
         Some(match self.packing {
             Packing::None => all,
-            Packing::Zeros => all.min(all - body + elements.div_ceil(8) + body.div_ceil(2)),
+            Packing::Zeros => {
+                let kept = (body as f64 * (1.0 - zeros)).ceil() as usize;
+                all.min(all - body + elements.div_ceil(8) + kept)
+            }
             Packing::Pixels => all - body + elements,
         })
     }

@@ -19,6 +19,7 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::codec::LIKELY_ZEROS;
 use crate::policy::Dtype;
 use crate::{Manifest, Policy, Reach};
 
@@ -178,15 +179,21 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The plan of a split network; none where the manifest was written without schedules.
+    /// The plan of a split network; none where the manifest was written without schedules. Where zeros are
+    /// packed, as many are taken for zero as [`LIKELY_ZEROS`] says.
     pub fn of_manifest(manifest: &Manifest) -> Option<Plan> {
+        Plan::with_zeros(manifest, LIKELY_ZEROS)
+    }
+
+    /// The same with another share of zeros, 0 to 1.
+    pub fn with_zeros(manifest: &Manifest, zeros: f64) -> Option<Plan> {
         if manifest.nodes.iter().all(|node| node.schedule.is_empty()) {
             return None;
         }
         let carried = |t: &crate::manifest::Transfer| Carried {
             from: t.from,
             to: t.to,
-            bytes: t.likely_bytes(),
+            bytes: t.bytes_with_zeros(zeros),
             elements: t.shape.iter().product::<usize>() as u64,
             exchange: t.step.is_some(),
         };

@@ -191,9 +191,10 @@ impl Transfer {
         Codec { packing: self.packing, ..Codec::plain(self.dtype) }
     }
 
-    /// Bytes of tensor data that mostly cross, as [`Codec::likely_bytes`] reckons them.
-    pub fn likely_bytes(&self) -> u64 {
-        self.codec().likely_bytes(&self.shape).map_or(self.bytes, |bytes| bytes as u64)
+    /// Bytes of tensor data that mostly cross, as [`Codec::bytes_with_zeros`] reckons them.
+    pub fn bytes_with_zeros(&self, zeros: f64) -> u64 {
+        let bytes = self.codec().bytes_with_zeros(&self.shape, zeros);
+        bytes.map_or(self.bytes, |bytes| bytes as u64)
     }
 }
 

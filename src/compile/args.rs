@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
 use snn_compiler::{Nodes, Options, Target};
 use snn_runtime::agent::wire::MAX_SETTING_MS;
+use snn_schemas::codec::LIKELY_ZEROS;
 use snn_schemas::cost::{Device, Link};
 
 use crate::run::emulation;
@@ -48,6 +49,8 @@ Examples:
       snnc cost model.onnx --policy best.json --device 5gflops --link 300mbit,0.3ms
   The same for a device that snn-run --profile --json has measured:
       snnc cost model.onnx --policy best.json --device device.json --link 1gbit,0.2ms
+  The same where a quarter of the packed features is zero, and not half of them:
+      snnc cost model.onnx --policy i8.json --zeros 0.25
   How fast devices may be for their links, for each staleness:
       snnc cost model.onnx --policy best.json --sweep -o sweep.svg";
 
@@ -333,6 +336,10 @@ pub(crate) struct Cost {
     #[arg(long, value_name = "LINK", default_value = "300mbit,0.3ms", value_parser = emulation::link)]
     pub(crate) link: Link,
 
+    /// Share of the features that are zero, 0 to 1, for those that a policy packs
+    #[arg(long, value_name = "SHARE", default_value_t = LIKELY_ZEROS, value_parser = share)]
+    pub(crate) zeros: f64,
+
     /// Draw which devices suit which links for each staleness, as SVG
     #[arg(long, requires_all = ["policy", "output"], conflicts_with = "json")]
     pub(crate) sweep: bool,
@@ -344,6 +351,12 @@ pub(crate) struct Cost {
     /// Print the prediction as JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Reads a share.
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse::<f64>().ok().filter(|share| (0.0..=1.0).contains(share));
+    share.ok_or_else(|| "expected a share, 0 to 1".to_owned())
 }
 
 /// A kind of picture.

@@ -70,7 +70,8 @@ pub(super) fn cost(args: &Cost) -> Result<()> {
 }
 
 fn report(args: &Cost, split: &snn_compiler::Split) -> Result<Report> {
-    let plan = Plan::of_manifest(&split.manifest).context("the split computes nothing")?;
+    let plan = Plan::with_zeros(&split.manifest, args.zeros);
+    let plan = plan.context("the split computes nothing")?;
     let devices = std::slice::from_ref(&args.device);
     let predict = |plan: &Plan, link: &Link| plan.predict(devices, link).context("cost");
     let found = predict(&plan, &args.link)?;
@@ -106,6 +107,14 @@ fn unsplit(args: &Cost) -> Result<u64> {
     flops(&source, shape.as_deref()).map_err(|error| blame(error, &source, &args.model, None))
 }
 
+/// `3.2 times as fast`; no number where it would be 1.0.
+fn times_as_fast(times: f64) -> String {
+    match format!("{times:.1}").as_str() {
+        "1.0" => "as fast".to_owned(),
+        times => format!("{times} times as fast"),
+    }
+}
+
 /// A link on which nothing takes time.
 fn no_transfers() -> Link {
     Link { bits_per_second: f64::INFINITY, round_trip: std::time::Duration::ZERO }
@@ -129,7 +138,8 @@ impl Report {
             text += &format!("hidden      {percent:.1} % of the exchanges' travel\n");
         }
         if !self.pays {
-            text += "splitting does not pay: one device is as fast\n";
+            let times = times_as_fast(1.0 / speed_up);
+            text += &format!("splitting does not pay: one device is {times}\n");
         }
         text
     }
@@ -225,7 +235,7 @@ fn plan_of(args: &Cost, source: &PolicySource, staleness: usize) -> Result<Optio
     let policy = Policy { staleness, steps, ..source.policy.clone() };
     let policy = PolicySource { policy, sha256: source.sha256.clone() };
     match snn_compiler::compile(&model, Some(&policy), &options) {
-        Ok(split) => Ok(Plan::of_manifest(&split.manifest)),
+        Ok(split) => Ok(Plan::with_zeros(&split.manifest, args.zeros)),
         Err(CompileError::CrossesStride { .. }) => Ok(None),
         Err(error) => Err(blame(error, &model, &args.model, args.compile.policy.as_deref())),
     }
@@ -255,4 +265,34 @@ fn fastest(plan: &Plan, args: &Cost, mbit: f64) -> Result<f64> {
         }
     }
     Ok(slow)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(speed_up: f64) -> Report {
+        Report {
+            device_gflops: 5.0,
+            link_mbit: 300.0,
+            round_trip_ms: 0.3,
+            latency_ms: 1.0 / speed_up,
+            one_device_ms: 1.0,
+            speed_up,
+            speed_up_without_transfers: 3.0,
+            hidden: None,
+            pays: speed_up > 1.0,
+            nodes: vec![],
+        }
+    }
+
+    #[test]
+    fn how_much_faster_one_device_is_stands_where_splitting_does_not_pay() {
+        let last = |speed_up| report(speed_up).text().lines().next_back().map(str::to_owned);
+        let says = |times: &str| Some(format!("splitting does not pay: one device is {times}"));
+        assert_eq!(last(0.02), says("50.0 times as fast"));
+        assert_eq!(last(0.4), says("2.5 times as fast"));
+        assert_eq!(last(0.98), says("as fast"));
+        assert!(!report(1.02).text().contains("does not pay"));
+    }
 }

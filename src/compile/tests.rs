@@ -227,7 +227,7 @@ fn a_closed_pipe_is_no_error() {
 fn every_command_has_help_with_an_example() {
     let mut command = Args::command();
     assert!(command.render_long_help().to_string().contains("Example"));
-    for name in ["split", "inspect", "show"] {
+    for name in ["split", "inspect", "show", "cost"] {
         let sub = command.find_subcommand_mut(name).expect("a command");
         let help = sub.render_long_help().to_string();
         assert!(help.contains("Example") && help.contains(&format!("snnc {name} ")), "{help}");
@@ -245,4 +245,23 @@ fn a_sweep_has_a_line_for_each_staleness_that_fits() {
     }
     // Three blocks a step would cross the stride after two.
     assert!(!svg.contains("α = 3"));
+}
+
+#[test]
+fn zeros_are_a_share_of_packed_features() {
+    let zeros = |words: &[&str]| {
+        let mut line = vec!["snnc", "cost", "model.onnx"];
+        line.extend(words);
+        match Args::try_parse_from(line).map(|args| args.command) {
+            Ok(Command::Cost(cost)) => Ok(cost.zeros),
+            Ok(_) => panic!("a cost"),
+            Err(error) => Err(error.to_string()),
+        }
+    };
+    assert_eq!(zeros(&[]), Ok(0.5));
+    assert_eq!(zeros(&["--zeros", "0.25"]), Ok(0.25));
+    for share in ["--zeros=-0.1", "--zeros=1.5", "--zeros=NaN", "--zeros=half"] {
+        let said = zeros(&[share]).expect_err("no share");
+        assert!(said.contains("expected a share, 0 to 1"), "{said}");
+    }
 }

@@ -4,6 +4,7 @@
 //! asked. While a request waits for a tensor others are computed, oldest first, a segment each turn. A
 //! request that fails, is cancelled or is past its deadline gives its memory back.
 
+use std::cell::RefCell;
 use std::fmt::Display;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -42,6 +43,8 @@ pub(super) struct Worker {
     places: Vec<usize>,
     /// For each step that sends: what it asks for.
     departures: Vec<Option<Arc<Departure>>>,
+    /// The numbers of a picture that arrives, from request to request in the same memory.
+    picture: RefCell<Vec<f32>>,
 }
 
 impl Worker {
@@ -62,7 +65,7 @@ impl Worker {
             receives += usize::from(matches!(step, Step::Receive(_)));
             departures.push(departure.map(Arc::new));
         }
-        Worker { core, program, places, departures }
+        Worker { core, program, places, departures, picture: RefCell::default() }
     }
 
     pub(super) fn run<E: Engine>(
@@ -171,10 +174,12 @@ impl Worker {
         match self.pixels(crossing) {
             None => executor.receive(work.job, crossing.slot, crossing.codec, elements)?,
             Some(pixels) => {
-                let mut numbers = vec![0.0; crossing.shape.iter().product()];
-                let read = pixels.read(elements, &crossing.shape, &mut numbers);
+                let mut numbers = self.picture.borrow_mut();
+                numbers.resize(crossing.shape.iter().product(), 0.0);
+                let read = pixels.read(elements, &crossing.shape, numbers.as_mut_slice());
                 read.map_err(|error| self.wrong(crossing, &error))?;
-                executor.write(work.job, crossing.slot, bytemuck::cast_slice(&numbers))?;
+                let numbers = bytemuck::cast_slice(numbers.as_slice());
+                executor.write(work.job, crossing.slot, numbers)?;
             }
         }
         self.core.recorder.span(Kind::Decode, crossing.transfer, work.request, start);

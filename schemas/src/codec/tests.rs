@@ -37,6 +37,23 @@ fn the_bytes_of_each_form_are_these() {
 }
 
 #[test]
+fn likely_bytes_have_half_of_the_elements_zero_or_another_share() {
+    let shape = [1, 2, 10, 8];
+    let zeros = |dtype| codec(dtype, false, Packing::Zeros);
+    // Scales or none, a byte of form, a mask of 20 bytes, and what is kept.
+    assert_eq!(zeros(Dtype::F16).likely_bytes(&shape), Some(1 + 20 + 160));
+    assert_eq!(zeros(Dtype::I8).likely_bytes(&shape), Some(8 + 1 + 20 + 80));
+    let bytes = |share| zeros(Dtype::I8).bytes_with_zeros(&shape, share);
+    assert_eq!(bytes(0.25), Some(8 + 1 + 20 + 120));
+    assert_eq!(bytes(1.0), Some(8 + 1 + 20));
+    assert_eq!(zeros(Dtype::I4).bytes_with_zeros(&shape, 0.75), Some(8 + 1 + 20 + 20));
+    // A mask that would not pay is left out; what is not packed has one size.
+    assert_eq!(bytes(0.1), Some(8 + 1 + 160));
+    let plain = Codec::plain(Dtype::I8);
+    assert_eq!(plain.bytes_with_zeros(&shape, 1.0), plain.bytes(&shape));
+}
+
+#[test]
 fn a_run_of_zeros_stays_zeros() {
     for dtype in [Dtype::I8, Dtype::I4] {
         let codec = codec(dtype, false, Packing::None);
