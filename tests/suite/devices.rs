@@ -55,24 +55,12 @@ pub(crate) struct Devices {
     lines: Vec<Vec<String>>,
     processes: Vec<Child>,
     pub(crate) addresses: Vec<String>,
-    key: Option<ClusterKey>,
 }
 
 impl Devices {
     /// Four nodes on this machine.
     pub(crate) fn start(folder: tempfile::TempDir) -> Devices {
         Devices::start_at(folder, free_places(4).into_iter().map(Place::here).collect(), &[])
-    }
-
-    /// Four nodes on this machine that let nobody in who has not their key.
-    pub(crate) fn start_with_key(folder: tempfile::TempDir) -> Devices {
-        let key = ClusterKey::new(Duration::from_secs(3600)).unwrap();
-        let file = folder.path().join("cluster.key");
-        write_key(&file, &key);
-        let places = free_places(4).into_iter().map(Place::here).collect();
-        let mut devices = Devices::start_at(folder, places, &["--key", file.to_str().unwrap()]);
-        devices.key = Some(key);
-        devices
     }
 
     /// Four nodes on this machine, each with its own shard alone, that keep in `kept` what they are handed.
@@ -83,15 +71,27 @@ impl Devices {
         Devices::start_at(folder, places, &["--keep", kept.to_str().unwrap(), "--grace", "1"])
     }
 
+    /// Four nodes on this machine that let no other process take part, and where they serve HTTP.
+    pub(crate) fn start_with_key(folder: tempfile::TempDir) -> (Devices, Vec<SocketAddr>) {
+        let file = folder.path().join("cluster.key");
+        write_key(&file, &ClusterKey::new(Duration::from_secs(3600)).unwrap());
+        Devices::start_serving(folder, &["--key", file.to_str().unwrap()])
+    }
+
     /// Four nodes on this machine that serve HTTP, and where.
     pub(crate) fn start_with_http(folder: tempfile::TempDir) -> (Devices, Vec<SocketAddr>) {
+        Devices::start_serving(folder, &[])
+    }
+
+    fn start_serving(folder: tempfile::TempDir, more: &[&str]) -> (Devices, Vec<SocketAddr>) {
         let free = free_places(8);
         let (listen, http) = free.split_at(4);
         let place = |(&address, &http)| Place { http: Some(http), ..Place::here(address) };
         let places = listen.iter().zip(http).map(place).collect();
         // Tests share the machine: what is slow there is not lost.
         let patience = PATIENCE.as_secs().to_string();
-        (Devices::start_at(folder, places, &["--http-within", &patience]), http.to_vec())
+        let arguments = [&["--http-within", patience.as_str()], more].concat();
+        (Devices::start_at(folder, places, &arguments), http.to_vec())
     }
 
     /// A node at each place, all of them told of all others.
@@ -129,13 +129,13 @@ impl Devices {
 
     fn run(folder: tempfile::TempDir, lines: Vec<Vec<String>>, addresses: Vec<String>) -> Devices {
         let processes = lines.iter().map(|line| spawn(line)).collect();
-        Devices { folder, lines, processes, addresses, key: None }
+        Devices { folder, lines, processes, addresses }
     }
 
     pub(crate) async fn client(&self) -> Client {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            match Client::connect(&self.addresses, self.key.as_ref(), WITHIN).await {
+            match Client::connect(&self.addresses, None, WITHIN).await {
                 Ok(client) => return client,
                 Err(error) => assert!(Instant::now() < deadline, "{error}"),
             }

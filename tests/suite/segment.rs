@@ -17,7 +17,7 @@ use snn_schemas::Dtype;
 use snn_schemas::manifest::Manifest;
 
 use crate::cluster::PATIENCE;
-use crate::devices::{Devices, Place, ask_through, die_and_return, net, policy_of};
+use crate::devices::{self, Devices, Place, WITHIN, ask_through, die_and_return, net, policy_of};
 use crate::fixtures::{Net, residual};
 use crate::processes::{NodeProcess, SNN_RUN};
 use crate::trust::write_key;
@@ -92,6 +92,12 @@ impl Segment {
             let line = format!("bridge -n {} link set dev d{number} mcast_flood off", self.switch);
             configure(&line).unwrap();
         }
+    }
+
+    /// Pulls a device's cable out of the switch, or puts it back.
+    pub(crate) fn plug(&self, device: usize, is_in: bool) {
+        let state = if is_in { "up" } else { "down" };
+        configure(&format!("ip -n {} link set d{device} {state}", self.switch)).unwrap();
     }
 
     /// Lets no device reach another: only this process, at [`Segment::here`].
@@ -309,4 +315,63 @@ async fn two_hundred_requests_survive_deaths_beside_a_link_of_one_megabit() {
     let start = Instant::now();
     ask_through(&net, &mut devices, 200, die_and_return).await;
     assert!(start.elapsed() < 4 * PATIENCE);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_survive_cables_that_are_pulled_and_put_back() {
+    let Some(segment) = Segment::new(4) else { return };
+    let net = net();
+    let split = folder(&net, Some(&policy_of(&net)), Nodes::PerGroup);
+    // They find each other, and again, by multicast alone.
+    let nodes: Vec<Node> = (0..4)
+        .map(|rank| {
+            let shard = split.path().join(format!("shard_{rank}.onnx"));
+            segment.node(rank, &[shard.to_str().unwrap(), "--insecure"])
+        })
+        .collect();
+    let policy = policy_of(&net);
+    let ask = async |client: &Client, number: usize| {
+        let input = image(&net, number);
+        let expected = reference::logits(&net, Some(&policy), input.data());
+        devices::ask(client, input, &expected, &format!("request {number}")).await;
+    };
+    let connected = async |node: &Node| {
+        let addresses = [node.address.clone()];
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match Client::connect(&addresses, None, WITHIN).await {
+                Ok(client) => return client,
+                Err(error) => assert!(Instant::now() < deadline, "{error}"),
+            }
+        }
+    };
+    let client = connected(&nodes[1]).await;
+    // The first answer shows that the cluster has been complete.
+    client.infer(vec![image(&net, 0)], PATIENCE).await.unwrap();
+    // Rank 0 has the head.
+    for (round, pulled) in [2, 0].into_iter().enumerate() {
+        segment.plug(pulled, false);
+        for number in 0..40 {
+            ask(&client, 100 * round + number).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        segment.plug(pulled, true);
+        for number in 40..60 {
+            ask(&client, 100 * round + number).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        // Whoever asks the one that was away is answered, too; and it has its rank again.
+        let returned = connected(&nodes[pulled]).await;
+        ask(&returned, round).await;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let reports = returned.reports(WITHIN).await.unwrap_or_default();
+            let own = reports.len() == 4 && reports.iter().all(|report| report.guest_of.is_none());
+            if own {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{reports:?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
 }

@@ -34,19 +34,14 @@ fn devices() -> Devices {
     Devices::start(folder(&net, Some(&policy_of(&net)), Nodes::PerGroup))
 }
 
-fn devices_with_key() -> Devices {
-    let net = net();
-    Devices::start_with_key(folder(&net, Some(&policy_of(&net)), Nodes::PerGroup))
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn two_hundred_requests_survive_nodes_that_die_and_return() {
-    ask_through(&net(), &mut devices_with_key(), 200, die_and_return).await;
+    ask_through(&net(), &mut devices(), 200, die_and_return).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_hundred_requests_survive_nodes_that_freeze_and_thaw() {
-    ask_through(&net(), &mut devices_with_key(), 200, |devices, number| {
+    ask_through(&net(), &mut devices(), 200, |devices, number| {
         // The node with the head, and the one the client talks to, are among them.
         let rank = any_rank(number / 40);
         match number % 40 {
@@ -90,7 +85,7 @@ async fn ask_without_pause(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_survive_deaths_that_fall_into_them() {
-    let mut devices = devices_with_key();
+    let mut devices = devices();
     let (answers, ended) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
     let mut askers = JoinSet::new();
     for asker in 0..ASKERS {
@@ -199,5 +194,36 @@ async fn http_stays_open_while_a_node_that_was_frozen_joins_again() {
     while Instant::now() < end {
         ask(&mut open);
         ask(&mut connect(http[1]));
+    }
+}
+
+/// Asked over HTTP, since two tasks of this process would use a TLS link at once: [`snn::threads`] has why, and
+/// spares nodes that.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_hundred_requests_survive_deaths_among_nodes_with_a_key() {
+    let net = net();
+    let split = folder(&net, Some(&policy_of(&net)), Nodes::PerGroup);
+    let (mut devices, http) = Devices::start_with_key(split);
+    let policy = policy_of(&net);
+    for number in 0..200 {
+        die_and_return(&mut devices, number);
+        // Not the one that dies in these 25, nor the one that has just returned.
+        let (dying, returned) = (any_rank(number / 25), any_rank((number / 25).saturating_sub(1)));
+        let alive: Vec<usize> = (0..4).filter(|&rank| ![dying, returned].contains(&rank)).collect();
+        let rank = alive[number % alive.len()];
+        let deadline = Instant::now() + PATIENCE;
+        // The first of all are asked while they start.
+        while number < 4 && TcpStream::connect(http[rank]).is_err() {
+            assert!(Instant::now() < deadline, "rank {rank} does not start");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let input = image(&net, number);
+        let expected = reference::logits(&net, Some(&policy), input.data());
+        let (status, answer) = infer(&mut connect(http[rank]), input.data(), &net);
+        assert_eq!(status, 200, "request {number}: {answer}");
+        let answer: serde_json::Value = serde_json::from_str(&answer).unwrap();
+        let data = answer["outputs"][0]["data"].as_array().unwrap();
+        let logits: Vec<f32> = data.iter().map(|x| x.as_f64().unwrap() as f32).collect();
+        assert_close(&logits, &expected, &format!("request {number}"));
     }
 }

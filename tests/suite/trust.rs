@@ -5,22 +5,18 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
-use snn_compiler::{Nodes, Split};
+use snn_compiler::Nodes;
 use snn_runtime::client::{AskError, Client};
 use snn_runtime::key::ClusterKey;
-use snn_runtime::knowledge::Knowledge;
-use snn_runtime::serve::{Server, ServerOptions};
-use snn_runtime::transport::zenoh::{Link, Options};
-use snn_runtime::{Engine, Tensor, TractEngine};
 use snn_schemas::Dtype;
 
 use crate::cluster::PATIENCE;
 use crate::fixtures::{Net, residual};
 use crate::processes::NodeProcess;
 use crate::traces::wait_for_lanes;
-use crate::{assert_close, folder, image, reference, ring, split};
+use crate::{assert_close, folder, image, reference, ring};
 
 const SOON: Duration = Duration::from_millis(1500);
 
@@ -294,60 +290,4 @@ async fn whoever_listens_on_the_wire_learns_nothing_of_the_input() {
     client.infer(vec![input], PATIENCE).await.unwrap();
     let heard = heard.lock().unwrap();
     assert!(heard.len() > secret.len() && !contains(&heard));
-}
-
-/// A node in this process, which looks for nobody by multicast: it meets others at these addresses alone.
-async fn serve(split: &Split, rank: usize, key: Option<&ClusterKey>, peers: &[String]) -> Server {
-    let (listen, peers, key) = ("127.0.0.1:0".to_owned(), peers.to_vec(), key.cloned());
-    let link = Link::open(&Options { listen, peers, key, ..Options::default() }).await.unwrap();
-    let knowledge = Knowledge::new(split.shards[rank].to_bytes().into()).unwrap();
-    let engines = Arc::new(|| Box::new(TractEngine::new(1)) as Box<dyn Engine>);
-    Server::start(link, Arc::new(knowledge), engines, ServerOptions::default()).await.unwrap()
-}
-
-/// Everything that two nodes say to each other while they answer.
-async fn heard_between_nodes(split: &Split, key: Option<&ClusterKey>, input: &Tensor) -> Vec<u8> {
-    let first = serve(split, 0, key, &[]).await;
-    let (address, heard) = eavesdrop(first.address().split_once('/').unwrap().1);
-    let second = serve(split, 1, key, &[address]).await;
-    let deadline = Instant::now() + PATIENCE;
-    while !(first.missing().is_empty() && second.missing().is_empty()) {
-        assert!(Instant::now() < deadline, "the nodes do not meet");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    let client = Client::connect(&[first.address().to_owned()], key, PATIENCE).await.unwrap();
-    // Some times, for what is looked for may be heard in two pieces.
-    for _ in 0..5 {
-        client.infer(vec![input.clone()], PATIENCE).await.unwrap();
-    }
-    let reports = [first.reports(), second.reports()].concat();
-    let sent: u64 = reports.iter().map(|report| report.bytes_sent).sum();
-    client.close().await;
-    second.shutdown().await;
-    first.shutdown().await;
-    let heard = heard.lock().unwrap().clone();
-    assert!(sent > 0 && heard.len() as u64 > sent, "{} of {sent} bytes", heard.len());
-    heard
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn whoever_listens_between_two_nodes_learns_nothing_of_the_input() {
-    let net = net();
-    let split = split(&net, Some(&ring(&net, 1, Dtype::F16)), Nodes::PerGroup);
-    let input = image(&net, 3);
-    let part = &input.data()[10..18];
-    let numbers: Vec<u8> = part.iter().flat_map(|x| x.to_le_bytes()).collect();
-    let halves: Vec<u8> = part.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect();
-    // What they speak of is in the names of all that they say.
-    let name = split.manifest.split.as_bytes()[..16].to_vec();
-    let contains =
-        |heard: &[u8], part: &[u8]| heard.windows(part.len()).any(|window| window == part);
-
-    // Without a key it is there to be heard: else the test would prove nothing.
-    let open = heard_between_nodes(&split, None, &input).await;
-    assert!(contains(&open, &numbers) && contains(&open, &name));
-    let closed = heard_between_nodes(&split, Some(&key()), &input).await;
-    for secret in [numbers, halves, name] {
-        assert!(!contains(&closed, &secret));
-    }
 }
