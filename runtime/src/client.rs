@@ -88,6 +88,10 @@ impl Client {
     /// Connects to any of the nodes at `addresses` and asks what its cluster takes and gives. Where
     /// that node dies later, the others are connected to.
     ///
+    /// Zenoh's TLS links (1.10) must be read and written on one thread: a process that connects with a key has to be
+    /// started with `ZENOH_RUNTIME="(rx: (handover: tx), tx: (worker_threads: 1))"`, as `snn-run` and `snnc` see to by
+    /// themselves.
+    ///
     /// # Errors
     /// [`AskError::Connect`] when nobody listens there; [`AskError::Strange`] when somebody else does;
     /// [`AskError::NoEntry`] when a node is there,
