@@ -17,6 +17,7 @@
 //! sent closes a block, so it is mostly a ReLU's result: then no code is wasted on a sign. Zero
 //! stays exactly zero. Any bytes give numbers or an error of one sentence.
 
+mod eights;
 mod loops;
 mod pixels;
 mod wide;

@@ -3,12 +3,13 @@
 //! Takes and gives slices; what the bytes mean is the specification in [`codec`](super). Elements go eight at
 //! a time through arrays of a fixed size, so that compilers make vector instructions of what is regular,
 //! and nothing branches on a single element: which half of a ReLU's results is zero cannot be guessed. What moves
-//! elements together or apart goes 64 bytes at a time where the processor can ([`wide`]).
+//! elements together or apart is written against [`eights`](super::eights), and goes 64 bytes at a time where the
+//! processor can ([`wide`]).
 
+#![allow(unsafe_code, reason = "an instruction set's operations are unsafe for other processors")]
+
+use super::eights::{self, Eight, Eights, Loop, Numbers, Places, STEP};
 use super::{LEAST, TO_WHOLE, wide};
-
-/// Elements in one step: those of one byte of a mask.
-const STEP: usize = 8;
 
 /// Scale of a run and what a number is multiplied by to become a code.
 pub(super) fn scale(numbers: &[f32], largest: f32) -> (f32, f32) {
@@ -69,208 +70,219 @@ pub(super) fn ones(mask: &[u8]) -> usize {
     words as usize + rest.iter().map(|byte| byte.count_ones() as usize).sum::<usize>()
 }
 
-/// What one byte of a mask says, worked out beforehand.
-#[derive(Clone, Copy)]
-struct Places {
-    /// Its bits that are set, lowest first.
-    set: [u8; STEP],
-    /// For each bit how many lower ones are set; [`STEP`] for a bit that is not.
-    rank: [u8; STEP],
-    /// How many are set.
-    count: usize,
-}
-
-/// [`Places`] of every byte. With them neither packing nor unpacking has to decide anything.
-static PLACES: [Places; 256] = places();
-
-const fn places() -> [Places; 256] {
-    let mut all = [Places { set: [0; STEP], rank: [STEP as u8; STEP], count: 0 }; 256];
-    let mut mask = 0;
-    while mask < all.len() {
-        let mut bit = 0;
-        while bit < STEP {
-            if mask >> bit & 1 == 1 {
-                let count = all[mask].count;
-                all[mask].set[count] = bit as u8;
-                all[mask].rank[bit] = count as u8;
-                all[mask].count += 1;
-            }
-            bit += 1;
-        }
-        mask += 1;
-    }
-    all
-}
-
-/// A bit for each byte of eight that is not zero.
-fn nonzero(bytes: [u8; STEP]) -> u8 {
-    let x = u64::from_le_bytes(bytes);
-    let low = 0x7f7f_7f7f_7f7f_7f7f;
-    // The upper bit of each byte that is not zero, gathered in the topmost byte.
-    let upper = (((x & low) + low) | x) & !low;
-    ((upper >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56) as u8
-}
-
 /// Fills the mask, the first `mask` bytes, and moves the elements that are not zero right behind it.
 pub(super) fn pack<const SIZE: usize>(bytes: &mut [u8], mask: usize) {
     let (mask, elements) = bytes.split_at_mut(mask);
     let done = wide::pack::<SIZE>(elements, mask);
-    pack_from::<SIZE>(elements, mask, done);
+    eights::run(Pack::<SIZE> { elements, mask, done });
 }
 
-/// The same from a byte of the mask on, where so many elements are kept before.
-fn pack_from<const SIZE: usize>(elements: &mut [u8], mask: &mut [u8], done: (usize, usize)) {
-    let (steps, mut to) = match SIZE {
-        1 => pack_bytes(elements, mask, done),
-        _ => done,
-    };
-    let elements = elements.as_chunks_mut::<SIZE>().0;
-    for (step, mask) in mask.iter_mut().enumerate().skip(steps) {
-        let from = STEP * step;
-        for bit in 0..(elements.len() - from).min(STEP) {
-            let element = elements[from + bit];
-            let there = element != [0; SIZE];
-            *mask |= u8::from(there) << bit;
-            elements[to] = element;
-            to += usize::from(there);
+/// Packing from a byte of the mask on, where so many elements are kept before.
+struct Pack<'a, const SIZE: usize> {
+    elements: &'a mut [u8],
+    mask: &'a mut [u8],
+    done: (usize, usize),
+}
+
+impl<const SIZE: usize> Loop for Pack<'_, SIZE> {
+    #[inline(always)]
+    unsafe fn run<E: Eights>(self) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match SIZE {
+                1 => self.eights::<E, 8>(),
+                2 => self.eights::<E, 16>(),
+                _ => self.eights::<E, 32>(),
+            }
         }
     }
 }
 
-/// The same for all whole steps of bytes; gives how many steps there were, and how many bytes are kept.
-fn pack_bytes(bytes: &mut [u8], mask: &mut [u8], done: (usize, usize)) -> (usize, usize) {
-    let (first, mut to) = done;
-    let steps = bytes.len() / STEP;
-    for (step, mask) in mask.iter_mut().enumerate().take(steps).skip(first) {
-        let next = bytes_at(bytes, STEP * step).to_le_bytes();
-        *mask = nonzero(next);
-        let places = &PLACES[usize::from(*mask)];
-        // Never beyond what has been read: as many bytes lie between as were zero.
-        for (byte, bit) in bytes[to..to + STEP].iter_mut().zip(places.set) {
-            *byte = next[usize::from(bit) % STEP];
+impl<const SIZE: usize> Pack<'_, SIZE> {
+    #[inline(always)]
+    unsafe fn eights<E: Eight<BYTES>, const BYTES: usize>(self) {
+        let Pack { elements, mask, done: (first, mut to) } = self;
+        for (step, mask) in mask.iter_mut().enumerate().skip(first) {
+            let next = array_at::<BYTES>(elements, BYTES * step);
+            // SAFETY, here and below: the caller's promise.
+            *mask = unsafe { E::nonzero(next) };
+            let places = Places::of(*mask);
+            // Never beyond what has been read: as many elements lie between as were zero.
+            let room = &mut elements[SIZE * to..];
+            match room.first_chunk_mut() {
+                Some(room) => unsafe { E::pick(next, places.set, room) },
+                None => {
+                    let mut last = [0; BYTES];
+                    unsafe { E::pick(next, places.set, &mut last) };
+                    room.copy_from_slice(&last[..room.len()]);
+                }
+            }
+            to += places.count;
         }
-        to += places.count;
     }
-    (steps, to)
 }
 
 /// Puts elements where the mask says, zeros elsewhere.
 pub(super) fn unpack<const SIZE: usize>(mask: &[u8], body: &[u8], elements: &mut [u8]) {
     let done = wide::unpack::<SIZE>(mask, body, elements);
-    unpack_from::<SIZE>(mask, body, elements, done);
+    eights::run(Unpack::<SIZE> { mask, body, elements, done });
 }
 
-/// The same from an element on, a whole number of steps, where so many of the body's are used before.
-fn unpack_from<const SIZE: usize>(
-    mask: &[u8],
-    body: &[u8],
-    elements: &mut [u8],
-    (done, mut at): (usize, usize),
-) {
-    let body = body.as_chunks::<SIZE>().0;
-    let elements = &mut elements.as_chunks_mut::<SIZE>().0[done..];
-    for (elements, mask) in elements.chunks_mut(STEP).zip(&mask[done / STEP..]) {
-        // What follows the eight is zero, for the bits that are not set.
-        let mut next = [[0; SIZE]; 2 * STEP];
-        match body[at..].first_chunk::<STEP>() {
-            Some(chunk) => next[..STEP].copy_from_slice(chunk),
-            None => next[..body.len() - at].copy_from_slice(&body[at..]),
+/// Unpacking from an element on, a whole number of steps, where so many of the body's are used before.
+struct Unpack<'a, const SIZE: usize> {
+    mask: &'a [u8],
+    body: &'a [u8],
+    elements: &'a mut [u8],
+    done: (usize, usize),
+}
+
+impl<const SIZE: usize> Loop for Unpack<'_, SIZE> {
+    #[inline(always)]
+    unsafe fn run<E: Eights>(self) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match SIZE {
+                1 => self.eights::<E, 8>(),
+                2 => self.eights::<E, 16>(),
+                _ => self.eights::<E, 32>(),
+            }
         }
-        let places = &PLACES[usize::from(*mask)];
-        for (element, rank) in elements.iter_mut().zip(places.rank) {
-            *element = next[usize::from(rank) % (2 * STEP)];
+    }
+}
+
+impl<const SIZE: usize> Unpack<'_, SIZE> {
+    #[inline(always)]
+    unsafe fn eights<E: Eight<BYTES>, const BYTES: usize>(self) {
+        let Unpack { mask, body, elements, done: (done, mut at) } = self;
+        let mut masks = mask[done / STEP..].iter();
+        let (whole, rest) = elements[SIZE * done..].as_chunks_mut::<BYTES>();
+        let mut last = [[0; BYTES]];
+        for part in [whole, &mut last] {
+            for (elements, &mask) in part.iter_mut().zip(&mut masks) {
+                let places = Places::of(mask);
+                let next = array_at::<BYTES>(body, SIZE * at);
+                // SAFETY: the caller's promise.
+                unsafe { E::pick(next, places.rank, elements) };
+                at += places.count;
+            }
         }
-        at += places.count;
+        rest.copy_from_slice(&last[0][..rest.len()]);
     }
 }
 
 /// The codes of a body as numbers: a byte each or half of one, of which `mask` tells who is there.
 pub(super) fn widen(form: (bool, bool), mask: Option<&[u8]>, body: &[u8], numbers: &mut [f32]) {
-    let done = match (form, mask) {
-        // A loop that compilers make vector instructions of.
-        ((false, _), None) => (0, 0),
-        _ => wide::widen(form, mask, body, numbers),
-    };
-    widen_from(form, mask, body, numbers, done);
-}
-
-/// The same from a number on, a whole number of steps, where so many codes are used before.
-fn widen_from(
-    (is_half, signed): (bool, bool),
-    mask: Option<&[u8]>,
-    body: &[u8],
-    numbers: &mut [f32],
-    (done, at): (usize, usize),
-) {
-    let upper = |code: u8| f32::from((code << 4) as i8 >> 4); // the sign fills the upper half
-    let lower = |code: u8| f32::from(code as i8);
-    let numbers = &mut numbers[done..];
-    let mask = mask.map(|mask| &mask[done / STEP..]);
-    let each = numbers.iter_mut().zip(&body[at.min(body.len())..]);
-    match (is_half, signed) {
-        (false, false) if mask.is_none() => each.for_each(|(to, code)| *to = f32::from(*code)),
-        (false, true) if mask.is_none() => each.for_each(|(to, code)| *to = lower(*code)),
-        (false, false) => widen_as((mask, body), at, numbers, bytes_at, f32::from),
-        (false, true) => widen_as((mask, body), at, numbers, bytes_at, lower),
-        (true, false) => widen_as((mask, body), at, numbers, halves_at, f32::from),
-        (true, true) => widen_as((mask, body), at, numbers, halves_at, upper),
+    // Compilers make vector instructions of these.
+    let each = numbers.iter_mut().zip(body);
+    match (form, mask) {
+        ((false, false), None) => each.for_each(|(number, code)| *number = f32::from(*code)),
+        ((false, true), None) => each.for_each(|(number, code)| *number = f32::from(*code as i8)),
+        _ => {
+            let done = wide::widen(form, mask, body, numbers);
+            eights::run(Widen { form, mask, body, numbers, done });
+        }
     }
 }
 
-/// The same for codes of which `codes_at` gives eight from a place on.
-fn widen_as(
-    (mask, body): (Option<&[u8]>, &[u8]),
-    mut at: usize,
-    numbers: &mut [f32],
-    codes_at: impl Fn(&[u8], usize) -> u64,
-    number: impl Fn(u8) -> f32,
-) {
-    let Some(mask) = mask else {
-        for numbers in numbers.chunks_mut(STEP) {
-            let codes = codes_at(body, at).to_le_bytes();
-            numbers.iter_mut().zip(codes).for_each(|(to, code)| *to = number(code));
-            at += STEP;
+/// Widening from a number on, a whole number of steps, where so many codes are used before.
+struct Widen<'a> {
+    form: (bool, bool),
+    mask: Option<&'a [u8]>,
+    body: &'a [u8],
+    numbers: &'a mut [f32],
+    done: (usize, usize),
+}
+
+impl Loop for Widen<'_> {
+    #[inline(always)]
+    unsafe fn run<E: Eights>(self) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.form {
+                (false, false) => self.codes::<E, false>(array_at),
+                (false, true) => self.codes::<E, true>(array_at),
+                (true, false) => self.codes::<E, false>(halves_at::<false>),
+                (true, true) => self.codes::<E, true>(halves_at::<true>),
+            }
         }
-        return;
-    };
-    // What follows the eight is zero, for the bits that are not set.
-    let mut next = [0.0; 2 * STEP];
-    for (numbers, &mask) in numbers.chunks_mut(STEP).zip(mask) {
-        let codes = codes_at(body, at).to_le_bytes();
-        next.iter_mut().zip(codes).for_each(|(next, code)| *next = number(code));
-        let places = &PLACES[usize::from(mask)];
-        for (to, rank) in numbers.iter_mut().zip(places.rank) {
-            *to = next[usize::from(rank) % (2 * STEP)];
-        }
-        at += places.count;
     }
+}
+
+impl Widen<'_> {
+    /// Widens codes of which `codes_at` gives eight from a place on.
+    #[inline(always)]
+    unsafe fn codes<E: Numbers, const SIGNED: bool>(
+        self,
+        codes_at: impl Fn(&[u8], usize) -> [u8; STEP],
+    ) {
+        let Widen { mask, body, numbers, done: (done, mut at), .. } = self;
+        let mut masks = mask.map(|mask| mask[done / STEP..].iter());
+        let (whole, rest) = numbers[done..].as_chunks_mut::<STEP>();
+        let mut last = [[0.0; STEP]];
+        for part in [whole, &mut last] {
+            // SAFETY, of both: the caller's promise.
+            let Some(masks) = &mut masks else {
+                for numbers in part {
+                    unsafe { E::numbers::<SIGNED>(codes_at(body, at), numbers) };
+                    at += STEP;
+                }
+                continue;
+            };
+            for (numbers, &mask) in part.iter_mut().zip(masks) {
+                let places = Places::of(mask);
+                unsafe { E::picked::<SIGNED>(codes_at(body, at), places.rank, numbers) };
+                at += places.count;
+            }
+        }
+        rest.copy_from_slice(&last[0][..rest.len()]);
+    }
+}
+
+/// The bytes of an array from a place on; zeros beyond the end.
+#[inline(always)]
+fn array_at<const BYTES: usize>(bytes: &[u8], at: usize) -> [u8; BYTES] {
+    let rest = bytes.get(at..).unwrap_or(&[]);
+    match rest.first_chunk() {
+        Some(bytes) => *bytes,
+        None => padded(rest),
+    }
+}
+
+/// Apart, or compilers make one copy of any length of both.
+#[cold]
+#[inline(never)]
+fn padded<const BYTES: usize>(rest: &[u8]) -> [u8; BYTES] {
+    let mut padded = [0; BYTES];
+    padded[..rest.len()].copy_from_slice(rest);
+    padded
 }
 
 /// Eight bytes from a place on; zeros beyond the end.
-fn bytes_at(body: &[u8], at: usize) -> u64 {
-    let rest = body.get(at..).unwrap_or(&[]);
-    u64::from_le_bytes(match rest.first_chunk::<STEP>() {
-        Some(bytes) => *bytes,
-        None => {
-            let mut bytes = [0; STEP];
-            bytes[..rest.len()].copy_from_slice(rest);
-            bytes
-        }
-    })
+#[inline(always)]
+fn bytes_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(array_at(bytes, at))
 }
 
 /// Eight codes from a place on where two share a byte, each in a byte of its own.
-fn halves_at(body: &[u8], at: usize) -> u64 {
+#[inline(always)]
+fn halves_at<const SIGNED: bool>(body: &[u8], at: usize) -> [u8; STEP] {
     let mut x = bytes_at(body, at / 2) >> (at % 2 * 4) & 0xffff_ffff;
     x = (x | x << 16) & 0x0000_ffff_0000_ffff;
     x = (x | x << 8) & 0x00ff_00ff_00ff_00ff;
-    (x | x << 4) & 0x0f0f_0f0f_0f0f_0f0f
+    x = (x | x << 4) & 0x0f0f_0f0f_0f0f_0f0f;
+    if SIGNED {
+        // (c ^ 8) − 8 in each byte, which the topmost bit keeps from borrowing of its neighbour.
+        let upper = 0x8080_8080_8080_8080;
+        x = (((x ^ 0x0808_0808_0808_0808) | upper) - 0x0808_0808_0808_0808) ^ upper;
+    }
+    x.to_le_bytes()
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
+    use super::eights::{Isa, run_on};
     use super::*;
 
     /// Bytes of which some are zero, alone and in runs.
@@ -279,52 +291,139 @@ mod tests {
         prop::collection::vec(byte, 0..700)
     }
 
-    /// What packing gives by the wide loops and without them: mask and elements that are kept.
-    fn packed<const SIZE: usize>(elements: &[u8]) -> [(Vec<u8>, Vec<u8>); 2] {
-        let count = elements.len() / SIZE;
-        let kept = SIZE * kept::<SIZE>(elements);
-        let mask = count.div_ceil(STEP);
-        let mut bytes = vec![0; mask];
-        bytes.extend(&elements[..SIZE * count]);
-        pack::<SIZE>(&mut bytes, mask);
-        let (mut plain, mut plain_mask) = (elements[..SIZE * count].to_vec(), vec![0; mask]);
-        pack_from::<SIZE>(&mut plain, &mut plain_mask, (0, 0));
-        let wide = (bytes[..mask].to_vec(), bytes[mask..][..kept].to_vec());
-        [wide, (plain_mask, plain[..kept].to_vec())]
+    /// Mask and elements that are kept, bit by bit.
+    fn defined<const SIZE: usize>(elements: &[u8]) -> (Vec<u8>, Vec<u8>) {
+        let elements = elements.as_chunks::<SIZE>().0;
+        let mut mask = vec![0; elements.len().div_ceil(STEP)];
+        for (at, _) in elements.iter().enumerate().filter(|(_, e)| **e != [0; SIZE]) {
+            mask[at / STEP] |= 1 << (at % STEP);
+        }
+        (mask, elements.iter().filter(|e| **e != [0; SIZE]).flatten().copied().collect())
+    }
+
+    /// Packs elements in every way there is, and unpacks them.
+    fn there_and_back<const SIZE: usize>(elements: &[u8]) {
+        let elements = &elements[..elements.len() / SIZE * SIZE];
+        let (mask, kept) = defined::<SIZE>(elements);
+        assert_eq!(super::kept::<SIZE>(elements) * SIZE, kept.len());
+        let mut bytes = [vec![0; mask.len()], elements.to_vec()].concat();
+        pack::<SIZE>(&mut bytes, mask.len());
+        assert_eq!(bytes[..mask.len() + kept.len()], [&mask[..], &kept].concat());
+        for isa in Isa::available() {
+            let (mut there, mut elements) = (vec![0; mask.len()], elements.to_vec());
+            run_on(isa, Pack::<SIZE> { elements: &mut elements, mask: &mut there, done: (0, 0) });
+            assert_eq!((there, &elements[..kept.len()]), (mask.clone(), &kept[..]));
+        }
+        let mut back = vec![1; elements.len()];
+        unpack::<SIZE>(&mask, &kept, &mut back);
+        assert_eq!(back, elements);
+        for isa in Isa::available() {
+            let mut back = vec![1; elements.len()];
+            run_on(
+                isa,
+                Unpack::<SIZE> { mask: &mask, body: &kept, elements: &mut back, done: (0, 0) },
+            );
+            assert_eq!(back, elements);
+        }
     }
 
     proptest! {
         #[test]
-        fn wide_loops_give_the_bytes_of_plain_ones(bytes in sparse()) {
-            let [wide, plain] = packed::<1>(&bytes);
-            prop_assert_eq!(wide, plain);
-            let [wide, plain] = packed::<2>(&bytes);
-            prop_assert_eq!(&wide, &plain);
-            let (mask, body) = wide;
-            let mut elements = [vec![1; bytes.len() / 2 * 2], vec![2; bytes.len() / 2 * 2]];
-            unpack::<2>(&mask, &body, &mut elements[0]);
-            unpack_from::<2>(&mask, &body, &mut elements[1], (0, 0));
-            prop_assert_eq!(&elements[0], &elements[1]);
-            prop_assert_eq!(&elements[0][..], &bytes[..bytes.len() / 2 * 2]);
+        fn packing_keeps_what_is_not_zero_and_unpacking_is_its_inverse(bytes in sparse()) {
+            there_and_back::<1>(&bytes);
+            there_and_back::<2>(&bytes);
+            there_and_back::<4>(&bytes);
         }
 
         #[test]
-        fn wide_loops_give_the_numbers_of_plain_ones(
+        fn codes_become_their_numbers(
             bytes in sparse(),
             form in (any::<bool>(), any::<bool>()),
             masked in any::<bool>(),
         ) {
-            let [(mask, body), _] = packed::<1>(&bytes);
-            let (mask, mut body) = (masked.then_some(&mask[..]), if masked { body } else { bytes.clone() });
+            let codes: Vec<u8> = match form {
+                (true, _) => bytes.iter().map(|byte| byte & 15).collect(),
+                (false, _) => bytes,
+            };
+            let number = |&code: &u8| match form {
+                (true, true) => f32::from((code << 4) as i8 >> 4),
+                (false, true) => f32::from(code as i8),
+                (_, false) => f32::from(code),
+            };
+            let expected: Vec<f32> = codes.iter().map(number).collect();
+            let (mask, kept) = defined::<1>(&codes);
+            let (mask, mut body) = if masked { (Some(&mask[..]), kept) } else { (None, codes) };
             if form.0 {
                 let length = halve(&mut body);
                 body.truncate(length);
             }
-            let mut numbers = [vec![1.0; bytes.len()], vec![2.0; bytes.len()]];
-            widen(form, mask, &body, &mut numbers[0]);
-            widen_from(form, mask, &body, &mut numbers[1], (0, 0));
-            let bits = |numbers: &[f32]| numbers.iter().map(|n| n.to_bits()).collect::<Vec<_>>();
-            prop_assert_eq!(bits(&numbers[0]), bits(&numbers[1]));
+            let mut numbers = vec![f32::NAN; expected.len()];
+            widen(form, mask, &body, &mut numbers);
+            prop_assert_eq!(&numbers, &expected);
+            for isa in Isa::available() {
+                let mut numbers = vec![f32::NAN; expected.len()];
+                run_on(isa, Widen { form, mask, body: &body, numbers: &mut numbers, done: (0, 0) });
+                assert_eq!(numbers, expected);
+            }
+        }
+    }
+
+    /// Least times in µs of plain Rust and of what else the processor has, AVX-512 aside:
+    /// `cargo test --release -p snn-schemas --lib how_long -- --ignored --nocapture`.
+    #[test]
+    #[ignore = "a measurement"]
+    fn how_long_the_loops_take() {
+        const COUNT: usize = 57_344;
+        fn times(name: &str, mut timed: impl FnMut(Isa)) {
+            print!("{name:14}");
+            for isa in Isa::available() {
+                let mut least = f64::INFINITY;
+                for _ in 0..400 {
+                    let start = std::time::Instant::now();
+                    timed(isa);
+                    least = least.min(start.elapsed().as_secs_f64() * 1e6);
+                }
+                print!("  {isa:?} {least:5.1}");
+            }
+            println!();
+        }
+        // Which are zero follows no pattern that a branch could learn.
+        let mut state = 1u64;
+        let mut code = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            if state >> 63 == 1 { (state >> 40) as u8 & 15 | 1 } else { 0 }
+        };
+        let codes: Vec<u8> = (0..COUNT).map(|_| code()).collect();
+        let halves: Vec<u8> = codes.iter().flat_map(|&code| [code, code]).collect();
+        let (mask, kept) = defined::<1>(&codes);
+        let (_, kept_halves) = defined::<2>(&halves);
+        let mut nibbles = kept.clone();
+        let length = halve(&mut nibbles);
+        let (mut memory, mut there, mut numbers) = (halves.clone(), mask.clone(), vec![0.0; COUNT]);
+
+        times("i8 packed", |isa| {
+            let elements = &mut memory[..COUNT];
+            elements.copy_from_slice(&codes);
+            run_on(isa, Pack::<1> { elements, mask: &mut there, done: (0, 0) });
+        });
+        times("f16 packed", |isa| {
+            memory.copy_from_slice(&halves);
+            run_on(isa, Pack::<2> { elements: &mut memory, mask: &mut there, done: (0, 0) });
+        });
+        times("f16 unpacked", |isa| {
+            let elements = &mut memory;
+            run_on(isa, Unpack::<2> { mask: &mask, body: &kept_halves, elements, done: (0, 0) });
+        });
+        for (name, is_half, mask, body) in [
+            ("i8", false, None, &codes[..]),
+            ("i8 unpacked", false, Some(&mask[..]), &kept),
+            ("i4", true, None, &codes),
+            ("i4 unpacked", true, Some(&mask), &nibbles[..length]),
+        ] {
+            times(name, |isa| {
+                let form = (is_half, false);
+                run_on(isa, Widen { form, mask, body, numbers: &mut numbers, done: (0, 0) });
+            });
         }
     }
 }

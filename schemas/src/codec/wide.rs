@@ -1,7 +1,7 @@
 //! The codecs' loops for processors that move the elements of a mask together in one instruction (AVX-512 VBMI2).
 //!
 //! Each takes what its namesake in [`loops`](super::loops) takes, does as much of it as whole vectors reach, and gives
-//! how far it came: `(0, 0)` on other processors. Guarantee: bytes and numbers are those of the plain loops, to the bit.
+//! how far it came: `(0, 0)` on other processors. Guarantee: bytes and numbers are those of the other loops, to the bit.
 
 #![cfg_attr(
     target_arch = "x86_64",
