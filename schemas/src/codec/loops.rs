@@ -70,6 +70,32 @@ pub(super) fn ones(mask: &[u8]) -> usize {
     words as usize + rest.iter().map(|byte| byte.count_ones() as usize).sum::<usize>()
 }
 
+/// A loop over elements that stay as they are.
+trait Move {
+    /// Bytes of an element: 1, 2 or 4.
+    const ELEMENT: usize;
+
+    /// Runs over eights of `BYTES`.
+    ///
+    /// # Safety
+    /// The processor has the instruction set, and `BYTES` is eight times [`Move::ELEMENT`].
+    unsafe fn eights<E: Eight<BYTES>, const BYTES: usize>(self);
+}
+
+impl<M: Move> Loop for M {
+    #[inline(always)]
+    unsafe fn run<E: Eights>(self) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match M::ELEMENT {
+                1 => self.eights::<E, 8>(),
+                2 => self.eights::<E, 16>(),
+                _ => self.eights::<E, 32>(),
+            }
+        }
+    }
+}
+
 /// Fills the mask, the first `mask` bytes, and moves the elements that are not zero right behind it.
 pub(super) fn pack<const SIZE: usize>(bytes: &mut [u8], mask: usize) {
     let (mask, elements) = bytes.split_at_mut(mask);
@@ -84,21 +110,9 @@ struct Pack<'a, const SIZE: usize> {
     done: (usize, usize),
 }
 
-impl<const SIZE: usize> Loop for Pack<'_, SIZE> {
-    #[inline(always)]
-    unsafe fn run<E: Eights>(self) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match SIZE {
-                1 => self.eights::<E, 8>(),
-                2 => self.eights::<E, 16>(),
-                _ => self.eights::<E, 32>(),
-            }
-        }
-    }
-}
+impl<const SIZE: usize> Move for Pack<'_, SIZE> {
+    const ELEMENT: usize = SIZE;
 
-impl<const SIZE: usize> Pack<'_, SIZE> {
     #[inline(always)]
     unsafe fn eights<E: Eight<BYTES>, const BYTES: usize>(self) {
         let Pack { elements, mask, done: (first, mut to) } = self;
@@ -136,21 +150,9 @@ struct Unpack<'a, const SIZE: usize> {
     done: (usize, usize),
 }
 
-impl<const SIZE: usize> Loop for Unpack<'_, SIZE> {
-    #[inline(always)]
-    unsafe fn run<E: Eights>(self) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match SIZE {
-                1 => self.eights::<E, 8>(),
-                2 => self.eights::<E, 16>(),
-                _ => self.eights::<E, 32>(),
-            }
-        }
-    }
-}
+impl<const SIZE: usize> Move for Unpack<'_, SIZE> {
+    const ELEMENT: usize = SIZE;
 
-impl<const SIZE: usize> Unpack<'_, SIZE> {
     #[inline(always)]
     unsafe fn eights<E: Eight<BYTES>, const BYTES: usize>(self) {
         let Unpack { mask, body, elements, done: (done, mut at) } = self;
