@@ -4,7 +4,10 @@
 //! cannot do it refuses with a [`ConvError`]. [`Conv::run`] takes a planar or blocked input and tensors
 //! to add, and fills a blocked output; where it reads the input is said by [`super::gather`].
 //!
-//! Output channels go in tiles of one or two blocks, pixels in strips of a row: see [`super::strip`].
+//! Output channels go in tiles of one or two blocks, pixels in strips of a row: see [`super::strip`]. Where [`winograd`]
+//! serves, it goes band by band.
+
+pub(super) mod winograd;
 
 use std::cell::RefCell;
 
@@ -12,6 +15,7 @@ use super::gather::{Gather, gather, offsets, row_step, start};
 use super::spec::{ConvError, ConvSpec, check, expect, flat, of_group};
 use super::strip::{Kernel, Strip};
 use super::{Aligned, Isa, Shared, Workers, table};
+use winograd::Bands;
 
 /// A tensor added to a convolution.
 #[derive(Clone, Copy, Debug)]
@@ -42,8 +46,10 @@ pub struct Conv {
     /// Pixels from one output pixel to the next, in what kernels read.
     step: usize,
     tiles: Vec<Tile>,
-    /// Pieces of an output row.
+    /// Pieces of an output row, or of a band.
     pieces: Vec<Piece>,
+    /// How Winograd's algorithm cuts the output, where it serves.
+    bands: Option<Bands>,
 }
 
 /// One or two blocks of output channels.
@@ -90,6 +96,8 @@ impl Conv {
         expect("the bias", bias.len(), spec.output)?;
         let lanes = isa.lanes();
         let gather = gather(&spec, extent, lanes);
+        let shuffles = shuffles(&spec, lanes);
+        let bands = Bands::of(&spec, extent, !shuffles.is_empty());
         let mut conv = Conv {
             spec,
             isa,
@@ -97,17 +105,18 @@ impl Conv {
             weights: Aligned::default(),
             bias: Aligned::zeros(spec.output.next_multiple_of(lanes)),
             taps: offsets(&spec, gather.as_ref(), lanes),
-            shuffles: shuffles(&spec, lanes),
+            shuffles,
             start: start(&spec, gather.as_ref(), lanes),
             row_step: row_step(&spec, gather.as_ref(), lanes),
             step: spec.stride[1] / gather.map_or(1, |gather| gather.stride),
             gather,
             tiles: vec![],
             pieces: vec![],
+            bands,
         };
         conv.bias.as_mut_slice()[..spec.output].copy_from_slice(bias);
         conv.tiles = conv.plan_tiles();
-        conv.pieces = conv.plan_pieces()?;
+        conv.pieces = conv.plan_pieces(bands.map_or(extent[1], |bands| bands.width()))?;
         conv.pack(weights);
         Ok(conv)
     }
@@ -171,19 +180,27 @@ impl Conv {
                 true => (1, to - from),
                 false => (to.div_ceil(lanes) - first, (to - 1) % lanes + 1),
             };
-            tiles.push(Tile { block, depth, weights, first, blocks: count, last });
-            let each = match self.is_narrow() {
-                true => inputs,
-                false => (count - 1) * lanes + last,
+            let tile = Tile { block, depth, weights, first, blocks: count, last };
+            let taps = match self.bands {
+                Some(_) => winograd::POINTS,
+                None => spec.kernel[0] * spec.kernel[1],
             };
-            weights += each * spec.kernel[0] * spec.kernel[1] * depth * lanes;
+            weights += self.each(&tile) * taps * depth * lanes;
             block += depth;
+            tiles.push(tile);
         }
         tiles
     }
 
-    fn plan_pieces(&self) -> Result<Vec<Piece>, ConvError> {
-        let width = self.extent[1];
+    /// Input channels that a tile has weights for.
+    fn each(&self, tile: &Tile) -> usize {
+        match self.is_narrow() {
+            true => of_group(&self.spec)[1],
+            false => (tile.blocks - 1) * self.isa.lanes() + tile.last,
+        }
+    }
+
+    fn plan_pieces(&self, width: usize) -> Result<Vec<Piece>, ConvError> {
         let mut pieces = Vec::new();
         let depths = self.tiles.iter().map(|tile| tile.depth);
         let deepest = depths.max().unwrap_or(1);
@@ -244,6 +261,19 @@ impl Conv {
                         );
                     }
                 }
+                continue;
+            }
+            if self.bands.is_some() {
+                let inputs = tile.first * lanes..tile.first * lanes + self.each(tile);
+                let outputs = output..output + tile.depth * lanes;
+                let each: Vec<_> = inputs
+                    .flat_map(|input| outputs.clone().map(move |output| (output, input)))
+                    .map(|(output, input)| {
+                        winograd::points(std::array::from_fn(|tap| weight(output, input, tap)))
+                    })
+                    .collect();
+                let point = |point: usize| each.iter().map(move |points| points[point]);
+                packed.extend((0..winograd::POINTS).flat_map(point));
                 continue;
             }
             let step = if spec.planar { 1 } else { lanes };
@@ -323,16 +353,35 @@ impl Conv {
         workers: &dyn Workers,
     ) {
         let target = Shared(output.as_mut_ptr());
-        let rows = self.spec.batch * self.tiles.len() * self.extent[0];
+        // Units that can be computed in any order, but best one after another.
+        let units = match &self.bands {
+            Some(bands) => self.spec.batch * bands.len() * self.tiles.len(),
+            None => self.spec.batch * self.tiles.len() * self.extent[0],
+        };
+        let compute = |units| match &self.bands {
+            Some(bands) => self.bands(bands, input, addends, target, units),
+            None => self.rows(input, addends, target, units),
+        };
         if workers.count() == 1 {
-            self.rows(input, addends, target, 0..rows);
+            compute(0..units);
             return;
         }
         // A few tasks for each worker, so that one that starts late delays little.
-        let each = rows.div_ceil(workers.count() * 4).max(1);
-        workers.run(rows.div_ceil(each), &|task| {
-            self.rows(input, addends, target, task * each..((task + 1) * each).min(rows));
+        let each = units.div_ceil(workers.count() * 4).max(1);
+        workers.run(units.div_ceil(each), &|task| {
+            compute(task * each..((task + 1) * each).min(units));
         });
+    }
+
+    /// From one plane or block of what kernels read to the next.
+    fn input_plane(&self) -> usize {
+        match &self.gather {
+            Some(gather) => gather.plane(),
+            None => {
+                let pixel = if self.spec.planar { 1 } else { self.isa.lanes() };
+                self.spec.margin.around(self.spec.image).iter().product::<usize>() * pixel
+            }
+        }
     }
 
     /// Rows of the output, counted through its images and tiles of channels.
@@ -346,10 +395,7 @@ impl Conv {
         let (spec, lanes) = (&self.spec, self.isa.lanes());
         let [height, width] = self.extent;
         let pixel = if spec.planar { 1 } else { lanes };
-        let input_plane = match &self.gather {
-            Some(gather) => gather.plane(),
-            None => spec.margin.around(spec.image).iter().product::<usize>() * pixel,
-        };
+        let input_plane = self.input_plane();
         let [stored_height, stored_width] = spec.halo.around(self.extent);
         let (output_row, output_plane) =
             (stored_width * lanes, stored_height * stored_width * lanes);

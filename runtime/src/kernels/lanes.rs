@@ -53,6 +53,12 @@ pub(crate) trait Lanes: Copy + 'static {
     /// The machine has the instruction set.
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
 
+    /// `a − b`.
+    ///
+    /// # Safety
+    /// The machine has the instruction set.
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
+
     /// `a · b`.
     ///
     /// # Safety
@@ -156,6 +162,14 @@ impl Lanes for Plain {
     }
 
     #[inline(always)]
+    unsafe fn sub(mut a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        for l in 0..8 {
+            a[l] -= b[l];
+        }
+        a
+    }
+
+    #[inline(always)]
     unsafe fn mul(mut a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
         for l in 0..8 {
             a[l] *= b[l];
@@ -248,6 +262,12 @@ mod x86 {
         unsafe fn add(a: __m512, b: __m512) -> __m512 {
             // SAFETY: see above.
             unsafe { _mm512_add_ps(a, b) }
+        }
+
+        #[inline(always)]
+        unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+            // SAFETY: see above.
+            unsafe { _mm512_sub_ps(a, b) }
         }
 
         #[inline(always)]
@@ -359,6 +379,12 @@ mod x86 {
         unsafe fn add(a: __m256, b: __m256) -> __m256 {
             // SAFETY: see above.
             unsafe { _mm256_add_ps(a, b) }
+        }
+
+        #[inline(always)]
+        unsafe fn sub(a: __m256, b: __m256) -> __m256 {
+            // SAFETY: see above.
+            unsafe { _mm256_sub_ps(a, b) }
         }
 
         #[inline(always)]
@@ -478,6 +504,12 @@ mod arm {
         unsafe fn add(a: float32x4x2_t, b: float32x4x2_t) -> float32x4x2_t {
             // SAFETY: see above.
             unsafe { float32x4x2_t(vaddq_f32(a.0, b.0), vaddq_f32(a.1, b.1)) }
+        }
+
+        #[inline(always)]
+        unsafe fn sub(a: float32x4x2_t, b: float32x4x2_t) -> float32x4x2_t {
+            // SAFETY: see above.
+            unsafe { float32x4x2_t(vsubq_f32(a.0, b.0), vsubq_f32(a.1, b.1)) }
         }
 
         #[inline(always)]

@@ -4,6 +4,7 @@
 //! for exactly that, with every loop over them unrolled.
 
 use super::Isa;
+use super::conv::winograd::{self, Given, Taken, Transforms};
 use super::lanes::{Lanes, Plain};
 use super::strip::{self, Kernel, Strip};
 
@@ -33,7 +34,7 @@ pub(crate) fn widest(isa: Isa, blocks: usize) -> usize {
 
 /// A function for each instruction set, compiled for it, that hands on to the generic one.
 macro_rules! compiled {
-    ($dense:ident, $lanes:ident, $isa:ty $(, $feature:literal)*) => {
+    ($dense:ident, $lanes:ident, $take:ident, $give:ident, $isa:ty $(, $feature:literal)*) => {
         $(#[target_feature(enable = $feature)])*
         unsafe fn $dense<
             const OB: usize,
@@ -52,16 +53,28 @@ macro_rules! compiled {
             // SAFETY: the caller's promise.
             unsafe { strip::lanes::<$isa, PX, KW, STEP>(strip) }
         }
+
+        $(#[target_feature(enable = $feature)])*
+        unsafe fn $take(taken: &Taken) {
+            // SAFETY: the caller's promise.
+            unsafe { winograd::take::<$isa>(taken) }
+        }
+
+        $(#[target_feature(enable = $feature)])*
+        unsafe fn $give(given: &Given) {
+            // SAFETY: the caller's promise.
+            unsafe { winograd::give::<$isa>(given) }
+        }
     };
 }
 
-compiled!(dense_plain, lanes_plain, Plain);
+compiled!(dense_plain, lanes_plain, take_plain, give_plain, Plain);
 #[cfg(target_arch = "x86_64")]
-compiled!(dense_avx2, lanes_avx2, Avx2, "avx2", "fma");
+compiled!(dense_avx2, lanes_avx2, take_avx2, give_avx2, Avx2, "avx2", "fma");
 #[cfg(target_arch = "x86_64")]
-compiled!(dense_avx512, lanes_avx512, Avx512, "avx512f");
+compiled!(dense_avx512, lanes_avx512, take_avx512, give_avx512, Avx512, "avx512f");
 #[cfg(target_arch = "aarch64")]
-compiled!(dense_neon, lanes_neon, Neon, "neon");
+compiled!(dense_neon, lanes_neon, take_neon, give_neon, Neon, "neon");
 
 macro_rules! dense_of_width {
     ($function:ident, $ob:literal, $px:expr, $planar:literal, $step:literal, $($width:literal)*) => {
@@ -152,6 +165,19 @@ pub(crate) fn lanes(isa: Isa, px: usize, row: usize, step: usize) -> Option<Kern
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => choose_lanes!(lanes_neon, px, row, step, 1 2 3 4 5 6 7 8),
         _ => choose_lanes!(lanes_plain, px, row, step, 1 2 3 4),
+    }
+}
+
+/// Winograd's transforms.
+pub(crate) fn transforms(isa: Isa) -> Transforms {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => Transforms { take: take_avx512, give: give_avx512 },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => Transforms { take: take_avx2, give: give_avx2 },
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => Transforms { take: take_neon, give: give_neon },
+        _ => Transforms { take: take_plain, give: give_plain },
     }
 }
 

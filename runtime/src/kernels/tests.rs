@@ -260,6 +260,23 @@ proptest! {
     }
 
     #[test]
+    fn a_3x3_of_even_extent_is_what_its_definition_says(
+        spec in spec(),
+        half in [1..14usize, 1..28usize],
+        pads in halo(2),
+        addends in 0..3usize,
+        two in any::<bool>(),
+    ) {
+        // 2 + the input's side − 2 + padding must be even.
+        let side = |half: usize, pads: usize| (2 * half + 2).checked_sub(pads).filter(|&side| side > 0);
+        let image = [side(half[0], pads.top + pads.bottom), side(half[1], pads.left + pads.right)];
+        let [Some(height), Some(width)] = image else { return Ok(()) };
+        let image = [height, width];
+        let spec = ConvSpec { image, pads, kernel: [3, 3], stride: [1, 1], planar: false, ..spec };
+        check(spec, if two { &Two } else { &Alone }, addends);
+    }
+
+    #[test]
     fn several_workers_compute_what_one_does(spec in spec()) {
         check(spec, &Two, 1);
     }
