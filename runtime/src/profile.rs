@@ -36,7 +36,8 @@ const STAGE_WITHIN: Duration = Duration::from_secs(5);
 /// How fast a device computes.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Profile {
-    /// Floating-point operations of convolutions a second, in 10⁹, a multiply-add as two.
+    /// Floating-point operations of convolutions a second, in 10⁹, a multiply-add as two: as many as their
+    /// definition has, however they are computed.
     pub gflops: f64,
     /// Bytes of f32 features a second, in 10⁹, taken out to be sent or added once received; the codec's
     /// work is not in it. None where exchanges took no time that could be measured.
