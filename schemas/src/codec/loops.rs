@@ -374,6 +374,7 @@ mod tests {
     /// `cargo test --release -p snn-schemas --lib how_long -- --ignored --nocapture`.
     #[test]
     #[ignore = "a measurement"]
+    #[allow(clippy::print_stdout, reason = "what is measured is to be read")]
     fn how_long_the_loops_take() {
         const COUNT: usize = 57_344;
         fn times(name: &str, mut timed: impl FnMut(Isa)) {
