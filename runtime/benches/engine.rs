@@ -16,7 +16,7 @@ use snn_runtime::shard::Step;
 use snn_runtime::{Shard, TractEngine};
 
 /// Channels taken and given, groups, kernel, stride, height and width.
-const SHAPES: [[usize; 6]; 15] = [
+const SHAPES: [[usize; 6]; 18] = [
     [16, 16, 1, 3, 1, 32],
     [64, 16, 1, 1, 1, 32],
     [16, 64, 1, 1, 1, 32],
@@ -32,6 +32,9 @@ const SHAPES: [[usize; 6]; 15] = [
     [64, 64, 64, 3, 2, 32],
     [64, 64, 64, 5, 1, 16],
     [3, 16, 1, 3, 1, 32],
+    [128, 128, 1, 3, 1, 28],
+    [256, 256, 1, 3, 1, 14],
+    [512, 512, 1, 3, 1, 14],
 ];
 
 fn kernels(c: &mut Criterion) {
