@@ -417,13 +417,7 @@ impl Conv {
                 + (ys.start + spec.halo.top) * output_row
                 + spec.halo.left * lanes;
             let addend_at = block * addend_plane + ys.start * width * lanes;
-            let mut added = [std::ptr::null(); 2];
-            for (added, addend) in added.iter_mut().zip(addends) {
-                *added = match addend {
-                    Addend::Elements(from) => from[addend_at..].as_ptr(),
-                    Addend::Output => output.at(addend_at),
-                };
-            }
+            let added = added(addends, output, addend_at);
             for piece in self.pieces.iter().filter(|piece| piece.depth == tile.depth) {
                 let input = input[input_at..].as_ptr();
                 let mut strip = Strip {
@@ -455,6 +449,18 @@ impl Conv {
             }
         }
     }
+}
+
+/// Each tensor to be added from an element on; null where there is none.
+fn added(addends: &[Addend<'_>], output: Shared, at: usize) -> [*const f32; 2] {
+    let mut added = [std::ptr::null(); 2];
+    for (added, addend) in added.iter_mut().zip(addends) {
+        *added = match addend {
+            Addend::Elements(from) => from[at..].as_ptr(),
+            Addend::Output => output.at(at),
+        };
+    }
+    added
 }
 
 /// A pointer moved on, unless it is null.

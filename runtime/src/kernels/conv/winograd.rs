@@ -20,7 +20,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::{Addend, Conv, Tile};
+use super::{Addend, Conv, Tile, added};
 use crate::kernels::lanes::{Lanes, WIDEST};
 use crate::kernels::spec::ConvSpec;
 use crate::kernels::strip::{Strip, activate};
@@ -349,13 +349,6 @@ impl Conv {
             let block = image * spec.output.div_ceil(lanes) + tile.block + of;
             let row = (block * stored_height + y + spec.halo.top) * stored_width;
             let addend_at = ((block * height + y) * width + x) * lanes;
-            let mut added = [std::ptr::null(); 2];
-            for (added, addend) in added.iter_mut().zip(addends) {
-                *added = match addend {
-                    Addend::Elements(from) => from[addend_at..].as_ptr(),
-                    Addend::Output => output.at(addend_at),
-                };
-            }
             let part = Given {
                 from: given.as_slice()[of * plane..].as_ptr(),
                 point: tile.depth * plane,
@@ -363,7 +356,7 @@ impl Conv {
                 bias: self.bias.as_slice()[(tile.block + of) * lanes..].as_ptr(),
                 to: output.at((row + x + spec.halo.left) * lanes),
                 row: stored_width * lanes,
-                addends: added,
+                addends: added(addends, output, addend_at),
                 addend_row: width * lanes,
                 activation: spec.activation,
             };
