@@ -213,11 +213,15 @@ fn pick<const SIZE: usize>(elements: &[[u8; SIZE]], from: [u8; STEP], places: &m
     }
 }
 
+#[inline(always)]
+fn number<const SIGNED: bool>(code: u8) -> f32 {
+    if SIGNED { f32::from(code as i8) } else { f32::from(code) }
+}
+
 impl Numbers for Plain {
     #[inline(always)]
     unsafe fn numbers<const SIGNED: bool>(codes: [u8; STEP], numbers: &mut [f32; STEP]) {
-        let number = |code: u8| if SIGNED { f32::from(code as i8) } else { f32::from(code) };
-        numbers.iter_mut().zip(codes).for_each(|(place, code)| *place = number(code));
+        numbers.iter_mut().zip(codes).for_each(|(place, code)| *place = number::<SIGNED>(code));
     }
 
     /// Numbers first, which are read as they were written: one by one.
@@ -227,9 +231,8 @@ impl Numbers for Plain {
         from: [u8; STEP],
         numbers: &mut [f32; STEP],
     ) {
-        let number = |code: u8| if SIGNED { f32::from(code as i8) } else { f32::from(code) };
         let mut next = [0.0; 2 * STEP];
-        next.iter_mut().zip(codes).for_each(|(place, code)| *place = number(code));
+        next.iter_mut().zip(codes).for_each(|(place, code)| *place = number::<SIGNED>(code));
         for (number, from) in numbers.iter_mut().zip(from) {
             *number = next[usize::from(from) % (2 * STEP)];
         }
