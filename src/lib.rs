@@ -11,4 +11,3 @@ pub mod run;
 pub mod chart;
 mod key;
 pub mod terminal;
-pub mod threads;

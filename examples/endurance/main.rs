@@ -95,8 +95,6 @@ enum What {
 }
 
 fn main() -> ExitCode {
-    // Nodes with a key need it, as those of snn-run do.
-    snn::threads::share_one();
     match std::env::var(NODE) {
         Ok(told) if told == TOLD => return end(watching::node::run().map(|()| true)),
         Ok(_) => return snn::run::run(snn::run::args::Args::parse()),

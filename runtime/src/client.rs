@@ -34,7 +34,7 @@ pub(crate) use keys::{
 /// How long a node may take to accept a connection: beyond it, nobody is there.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 /// Largest question or answer that the process a client is connected to passes on packet by packet, in bytes.
-/// One that is larger than the queue of a link would stop it: with a key it writes nothing while it reads.
+/// One that is larger than the queue of a link would keep it from reading anything else meanwhile.
 const PASSED_ON: usize = 256 << 10;
 /// How long an answer to a question that is passed on may take: less than whoever asked waits for it.
 const PASSED_ON_WITHIN: Duration = Duration::from_secs(4);
@@ -88,9 +88,9 @@ impl Client {
     /// Connects to any of the nodes at `addresses` and asks what its cluster takes and gives. Where
     /// that node dies later, the others are connected to.
     ///
-    /// Zenoh's TLS links (1.10) must be read and written on one thread: a process that connects with a key has to be
-    /// started with `ZENOH_RUNTIME="(rx: (handover: tx), tx: (worker_threads: 1))"`, as `snn-run` and `snnc` see to by
-    /// themselves.
+    /// Published TLS links of zenoh (1.10) are read and written on two threads with nothing between them. This workspace
+    /// has mended ones (`runtime/zenoh-link-tls`); a workspace of one's own that connects with a key needs the same entry
+    /// in its `[patch.crates-io]`, or `ZENOH_RUNTIME="(rx: (handover: tx), tx: (worker_threads: 1))"` in its environment.
     ///
     /// # Errors
     /// [`AskError::Connect`] when nobody listens there; [`AskError::Strange`] when somebody else does;

@@ -4,10 +4,8 @@ use std::process::ExitCode;
 
 use snn::run::{self, local};
 use snn::terminal::{guard, parse_and_run};
-use snn::threads;
 
 fn main() -> ExitCode {
-    threads::share_one();
     guard("snn-run", || match local::serve_if_child() {
         Some(code) => code,
         None => parse_and_run(run::run),

@@ -106,6 +106,33 @@ async fn a_large_input_reaches_the_cluster_through_any_node() {
     assert_eq!(reports.iter().map(|report| report.failures).collect::<Vec<_>>(), [0, 0]);
 }
 
+/// Links that are written and read at the same time by every process on the way, this one among them, lose nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn links_with_a_key_are_written_and_read_at_once() {
+    let net = net();
+    let policy = ring(&net, 1, Dtype::F16);
+    let folder = folder(&net, Some(&policy), Nodes::PerGroup);
+    let own = key();
+    let (_nodes, addresses) = cluster(folder.path(), &own);
+    let client = Arc::new(Client::connect(&addresses[1..], Some(&own), PATIENCE).await.unwrap());
+    let mut askers = tokio::task::JoinSet::new();
+    for seed in 0..8 {
+        let (client, input) = (Arc::clone(&client), image(&net, seed));
+        let expected = reference::logits(&net, Some(&policy), input.data());
+        askers.spawn(async move {
+            for number in 0..1000 {
+                let answer = client.infer(vec![input.clone()], PATIENCE).await.unwrap();
+                assert_close(answer.outputs[0].data(), &expected, &format!("{seed}: {number}"));
+            }
+        });
+    }
+    while let Some(done) = askers.join_next().await {
+        done.unwrap();
+    }
+    let reports = client.reports(PATIENCE).await.unwrap();
+    assert_eq!(reports.iter().map(|report| report.failures).collect::<Vec<_>>(), [0, 0]);
+}
+
 /// Of the node that only passes it on, and with more spans than the queue of any link takes.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_long_trace_comes_through_any_node() {

@@ -42,7 +42,6 @@ pub(super) fn deploy(args: &Deploy) -> Result<ExitCode> {
         let bundle = Bundle::read(dir)?;
         return render::render(&bundle, settings(args), (kind, &args.image), output);
     }
-    crate::threads::share_one();
     block_on(ask_agents(args))
 }
 
