@@ -18,18 +18,18 @@ use std::os::fd::RawFd;
 use std::{
     convert::TryInto,
     fmt::{self, Debug},
-    future::poll_fn,
     io,
     net::SocketAddr,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll},
     time::Duration,
 };
 
 use async_trait::async_trait;
 use time::OffsetDateTime;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::Mutex as AsyncMutex,
 };
@@ -58,9 +58,48 @@ use crate::{
 #[derive(Default, Debug, PartialEq, Eq, Hash)]
 pub struct TlsCommonName(String);
 
+// The stream of a link, for whoever reads or writes it. Rustls keeps what is read and what is written in one connection,
+// which either changes: a poll holds the lock while it lasts, and no poll waits.
+struct LockedStream<'a>(&'a Mutex<TlsStream<TcpStream>>);
+
+impl LockedStream<'_> {
+    // A poll that panicked has left a connection that says so itself.
+    fn lock(&self) -> MutexGuard<'_, TlsStream<TcpStream>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl AsyncRead for LockedStream<'_> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.lock()).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for LockedStream<'_> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.lock()).poll_write(cx, buffer)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.lock()).poll_flush(cx)
+    }
+
+    // Of TCP alone: what TLS would send first might wait for a peer that is gone.
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(self.lock().get_mut().0).poll_shutdown(cx)
+    }
+}
+
 pub struct LinkUnicastTls {
-    // The underlying socket. Rustls keeps what is read and what is written in one connection, which either changes:
-    // whoever polls it holds the lock for that one poll, which never waits.
+    // The underlying socket as returned from the async-rustls library
     inner: Mutex<TlsStream<TcpStream>>,
     // The source socket address of this link (address used on the local host)
     src_addr: SocketAddr,
@@ -146,56 +185,26 @@ impl LinkUnicastTls {
         }
     }
 
-    // The stream, for one poll. A poll that panicked has left a connection that says so itself.
-    fn stream(&self) -> MutexGuard<'_, TlsStream<TcpStream>> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn poll_write(&self, buffer: &[u8]) -> io::Result<usize> {
-        poll_fn(|cx| Pin::new(&mut *self.stream()).poll_write(cx, buffer)).await
+    fn stream(&self) -> LockedStream<'_> {
+        LockedStream(&self.inner)
     }
 
     // A write may leave its end in rustls, where it would wait for the next write.
-    async fn poll_flush(&self) -> io::Result<()> {
-        poll_fn(|cx| Pin::new(&mut *self.stream()).poll_flush(cx)).await
-    }
-
-    async fn poll_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        let mut buffer = ReadBuf::new(buffer);
-        poll_fn(|cx| Pin::new(&mut *self.stream()).poll_read(cx, &mut buffer)).await?;
-        Ok(buffer.filled().len())
+    async fn write_and_flush(&self, buffer: &[u8]) -> io::Result<()> {
+        self.stream().write_all(buffer).await?;
+        self.stream().flush().await
     }
 
     async fn close(&self) -> ZResult<()> {
         tracing::trace!("Closing TLS link: {}", self);
         // Flush the TLS stream
         let _guard = zasynclock!(self.write_mtx);
-        let res = self.poll_flush().await;
+        let res = self.stream().flush().await;
         tracing::trace!("TLS link flush {}: {:?}", self, res);
         // Close the underlying TCP stream
-        let res = poll_fn(|cx| Pin::new(self.stream().get_mut().0).poll_shutdown(cx)).await;
+        let res = self.stream().shutdown().await;
         tracing::trace!("TLS link shutdown {}: {:?}", self, res);
         res.map_err(|e| zerror!(e).into())
-    }
-
-    async fn write_and_flush(&self, mut buffer: &[u8]) -> io::Result<()> {
-        while !buffer.is_empty() {
-            match self.poll_write(buffer).await? {
-                0 => return Err(io::ErrorKind::WriteZero.into()),
-                written => buffer = &buffer[written..],
-            }
-        }
-        self.poll_flush().await
-    }
-
-    async fn fill(&self, mut buffer: &mut [u8]) -> io::Result<()> {
-        while !buffer.is_empty() {
-            match self.poll_read(buffer).await? {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                read => buffer = &mut buffer[read..],
-            }
-        }
-        Ok(())
     }
 }
 
@@ -231,7 +240,7 @@ impl LinkUnicastTrait for LinkUnicastTls {
 
     async fn read(&self, buffer: &mut [u8], _priority: Option<Priority>) -> ZResult<usize> {
         let _guard = zasynclock!(self.read_mtx);
-        self.poll_read(buffer).await.map_err(|e| {
+        self.stream().read(buffer).await.map_err(|e| {
             tracing::trace!("Read error on TLS link {}: {}", self, e);
             zerror!(e).into()
         })
@@ -239,10 +248,11 @@ impl LinkUnicastTrait for LinkUnicastTls {
 
     async fn read_exact(&self, buffer: &mut [u8], _priority: Option<Priority>) -> ZResult<()> {
         let _guard = zasynclock!(self.read_mtx);
-        self.fill(buffer).await.map_err(|e| {
+        let _ = self.stream().read_exact(buffer).await.map_err(|e| {
             tracing::trace!("Read error on TLS link {}: {}", self, e);
-            zerror!(e).into()
-        })
+            zerror!(e)
+        })?;
+        Ok(())
     }
 
     #[inline(always)]
@@ -304,11 +314,8 @@ impl LinkWithCertExpiration for LinkUnicastTls {
 impl Drop for LinkUnicastTls {
     fn drop(&mut self) {
         // Close the underlying TCP stream
-        let stream = self
-            .inner
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner);
-        let (tcp_stream, _) = stream.get_mut();
+        let stream = self.inner.get_mut();
+        let (tcp_stream, _) = stream.unwrap_or_else(PoisonError::into_inner).get_mut();
         let _ = zenoh_runtime::ZRuntime::Acceptor
             .block_in_place(async move { tcp_stream.shutdown().await });
     }
