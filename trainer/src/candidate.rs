@@ -1,8 +1,8 @@
 //! The policies a run carries to the end, one row of its result each.
 //!
 //! A [`Candidate`] says where a policy comes from and within which limits it is looked for. All
-//! candidates start from the same shared weights and are fine-tuned alike, so that rows differ in
-//! their policy alone. [`Config::candidates`](crate::Config::candidates) gives those of a
+//! candidates start from the same shared weights and, where none has a budget of its own, are fine-tuned
+//! alike, so that rows differ in their policy alone. [`Config::candidates`](crate::Config::candidates) gives those of a
 //! configuration, each limit filled in.
 
 use std::fmt;
@@ -10,7 +10,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use snn_schemas::{Decision, Dtype, Policy, Step};
 
-use crate::config::{Config, ConfigError, ExchangeConfig};
+use crate::config::{Config, ConfigError, Decay, FinetuneConfig, within};
 
 /// Longest name of a candidate: it heads a row of a table.
 const MAX_NAME: usize = 40;
@@ -48,7 +48,7 @@ impl fmt::Display for Source {
 }
 
 /// A policy that is carried to the end, as `[[candidates]]` describes it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Candidate {
     /// What its row is called: lower-case letters, digits and `-`.
@@ -63,21 +63,52 @@ pub struct Candidate {
     /// it is left out. Policies are looked for under `exchange.dtype`, whatever stands here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Dtype>,
+    /// Passes over the training images in its fine-tuning; `finetune.epochs` where it is left out. To a run
+    /// that is done, a candidate may so be added that is fine-tuned for longer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<usize>,
+    /// Learning rate at the start of its fine-tuning; `finetune.lr` where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lr: Option<f64>,
+    /// How that falls; `finetune.decay` where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decay: Option<Decay>,
 }
 
 impl Candidate {
     /// The one named after its source, without limits of its own.
     pub fn new(source: Source) -> Candidate {
-        Candidate { name: source.to_string(), source, search_levels: None, dtype: None }
+        Candidate {
+            name: source.to_string(),
+            source,
+            search_levels: None,
+            dtype: None,
+            epochs: None,
+            lr: None,
+            decay: None,
+        }
     }
 
     /// The same with every limit written out.
-    pub(crate) fn resolved(&self, exchange: &ExchangeConfig) -> Candidate {
-        let levels = self.search_levels.unwrap_or(exchange.search_levels);
+    pub(crate) fn resolved(&self, config: &Config) -> Candidate {
+        let levels = self.search_levels.unwrap_or(config.exchange.search_levels);
+        let FinetuneConfig { epochs, lr, decay } = self.tuning(config);
         Candidate {
             search_levels: self.source.is_chosen().then_some(levels),
-            dtype: Some(self.dtype.unwrap_or(exchange.dtype)),
+            dtype: Some(self.dtype.unwrap_or(config.exchange.dtype)),
+            epochs: Some(epochs),
+            lr: Some(lr),
+            decay: Some(decay),
             ..self.clone()
+        }
+    }
+
+    /// How it is fine-tuned.
+    pub(crate) fn tuning(&self, config: &Config) -> FinetuneConfig {
+        FinetuneConfig {
+            epochs: self.epochs.unwrap_or(config.finetune.epochs),
+            lr: self.lr.unwrap_or(config.finetune.lr),
+            decay: self.decay.unwrap_or(config.finetune.decay),
         }
     }
 
@@ -92,11 +123,12 @@ impl Candidate {
         if !(1..=MAX_NAME).contains(&self.name.len()) || !self.name.bytes().all(allowed) {
             return Err(wrong("expected up to 40 lower-case letters, digits and \"-\""));
         }
-        match self.search_levels {
-            Some(_) if !self.source.is_chosen() => {
-                Err(wrong("search_levels is for searched and random policies"))
-            }
-            _ => Ok(()),
+        if self.search_levels.is_some() && !self.source.is_chosen() {
+            return Err(wrong("search_levels is for searched and random policies"));
+        }
+        match self.lr {
+            Some(lr) => within("candidates.lr", lr, f64::MIN_POSITIVE, 100.0, "above 0"),
+            None => Ok(()),
         }
     }
 }
@@ -160,6 +192,27 @@ mod tests {
     }
 
     #[test]
+    fn a_candidate_may_have_a_budget_of_its_own() {
+        let text = "[finetune]\nepochs = 1\nlr = 0.01\ndecay = \"cosine\"\n\
+            [[candidates]]\nname = \"full\"\nsource = \"full\"\n\
+            [[candidates]]\nname = \"longer\"\nsource = \"full\"\nepochs = 8\n\
+            [[candidates]]\nname = \"stepwise\"\nsource = \"full\"\nlr = 0.5\n\
+            decay = { step = { every = 2, factor = 0.1 } }\n";
+        let config = config(text).unwrap();
+        let tuning: Vec<_> =
+            config.candidates().iter().map(|candidate| candidate.tuning(&config)).collect();
+        let alike = config.finetune;
+        let decay = Decay::Step { every: 2, factor: 0.1 };
+        let expected = [
+            alike,
+            FinetuneConfig { epochs: 8, ..alike },
+            FinetuneConfig { lr: 0.5, decay, ..alike },
+        ];
+        assert_eq!(tuning, expected);
+        assert_eq!(Config::from_toml(&config.to_toml()).unwrap(), config);
+    }
+
+    #[test]
     fn without_a_list_there_are_three_and_for_one_group_one() {
         let mut config = Config::digits();
         let names = |config: &Config| {
@@ -178,6 +231,8 @@ mod tests {
         assert!(config(&twice).unwrap_err().contains("candidates: \"a\" is there twice"));
         let upper = config(&row("A b", "source = \"full\"")).unwrap_err();
         assert!(upper.contains("candidates: \"A b\" expected up to 40 lower-case"), "{upper}");
+        let rate = config(&row("a", "source = \"full\"\nlr = 0.0")).unwrap_err();
+        assert!(rate.contains("candidates.lr: 0, expected above 0"), "{rate}");
         let levels = config(&row("a", "source = \"silent\"\nsearch_levels = true")).unwrap_err();
         assert!(levels.contains("search_levels is for searched and random"), "{levels}");
         let alone = config(&(row("a", "source = \"full\"") + "[net]\ngroups = 1\n")).unwrap_err();

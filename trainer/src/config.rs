@@ -233,7 +233,7 @@ impl Config {
             true => default(),
             false => self.candidates.clone(),
         };
-        listed.iter().map(|candidate| candidate.resolved(&self.exchange)).collect()
+        listed.iter().map(|candidate| candidate.resolved(self)).collect()
     }
 
     /// The same settings with or without the search for sparsity levels.
@@ -297,7 +297,7 @@ impl Config {
 }
 
 /// NaN lies within nothing.
-fn within(
+pub(crate) fn within(
     key: &'static str,
     found: f64,
     low: f64,

@@ -418,9 +418,9 @@ fn candidates_keep_to_their_limits_and_may_be_added() {
     snn_trainer::train(&config, None, out, false, &mut ()).unwrap();
     let row = |name: &str, source, search_levels, dtype| Candidate {
         name: name.to_owned(),
-        source,
         search_levels,
         dtype,
+        ..Candidate::new(source)
     };
     config.candidates = vec![
         row("searched", Source::Searched, Some(false), None),
@@ -441,6 +441,16 @@ fn candidates_keep_to_their_limits_and_may_be_added() {
     assert_eq!(after[..before.len()], before[..]);
     assert_eq!(after.len(), before.len() + 3, "an epoch, a judgement, a test");
 
+    // The same once more, fine-tuned for longer.
+    let longer = Candidate { epochs: Some(3), ..row("longer", Source::Full, None, None) };
+    config.candidates.push(longer);
+    let outcome = snn_trainer::run(&config, None, out, true, &mut ()).unwrap();
+    let lines = metrics(out);
+    assert_eq!(lines[..after.len()], after[..]);
+    assert_eq!(lines.len(), after.len() + 5, "three epochs, a judgement, a test");
+    let page = String::from_utf8(read(out, "report.html")).unwrap();
+    assert_eq!(page.matches(", epochs of fine-tuning: 3, from ").count(), 1);
+
     let of = |name: &str| outcome.candidate(name).unwrap();
     let full = |name: &str| of(name).policy.steps.iter().all(|step| step.level == 8);
     assert!(full("searched") && full("random") && full("full") && !full("sparse"));
@@ -456,7 +466,16 @@ fn candidates_keep_to_their_limits_and_may_be_added() {
     let judged = |stage: &str| before.iter().filter(move |line| line["stage"] == stage).count();
     assert_eq!((judged("search"), judged("baseline")), (2 * 4, 1));
 
-    config.candidates[0].dtype = Some(Dtype::F16);
+    // The one that is put first is exported, and nothing is computed for it.
+    config.candidates.rotate_right(1);
+    let outcome = snn_trainer::run(&config, None, out, true, &mut ()).unwrap();
+    assert_eq!(metrics(out), lines);
+    let longer = outcome.exported().unwrap();
+    assert_eq!(longer.candidate.name, "longer");
+    assert_eq!(Policy::from_json(&read(out, "best.json")).unwrap().steps, longer.policy.steps);
+    assert_eq!(evaluate(out, None, None).unwrap().correct, longer.test.correct);
+
+    config.candidates[0].epochs = Some(4);
     let other = snn_trainer::run(&config, None, out, true, &mut ()).unwrap_err().to_string();
     assert!(other.ends_with("was begun with another [candidates]"), "{other}");
 }

@@ -170,7 +170,7 @@ impl Default for SearchConfig {
 }
 
 /// The last stage: the weights under the best policy.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct FinetuneConfig {
     /// Passes over the training images.

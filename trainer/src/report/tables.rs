@@ -9,7 +9,7 @@ use snn_schemas::{Dtype, Policy};
 
 use super::{percent, sending};
 use crate::candidate::{Candidate, Source};
-use crate::config::{Config, Family};
+use crate::config::{Config, Family, FinetuneConfig};
 use crate::error::TrainError;
 use crate::latency::latency;
 use crate::run::Judged;
@@ -55,6 +55,15 @@ fn method(config: &Config, candidate: &Candidate) -> String {
     }
 }
 
+/// What a candidate's fine-tuning has of its own.
+fn tuning(config: &Config, candidate: &Candidate) -> String {
+    let FinetuneConfig { epochs, lr, .. } = candidate.tuning(config);
+    match candidate.tuning(config) == config.finetune {
+        true => String::new(),
+        false => format!(", epochs of fine-tuning: {epochs}, from {lr}"),
+    }
+}
+
 /// Table 2.
 fn accuracies(config: &Config, dataset: &str, judged: &[Judged]) -> String {
     let mut html = format!(
@@ -63,14 +72,15 @@ fn accuracies(config: &Config, dataset: &str, judged: &[Judged]) -> String {
     for judged in judged {
         let _ = writeln!(
             html,
-            "<tr><td>{}</td><td class=\"left\">{}</td><td>{}</td><td>{}</td></tr>",
+            "<tr><td>{}</td><td class=\"left\">{}{}</td><td>{}</td><td>{}</td></tr>",
             judged.candidate.name,
             method(config, &judged.candidate),
+            tuning(config, &judged.candidate),
             percent(judged.validation.accuracy()),
             percent(judged.test.accuracy()),
         );
     }
-    html.push_str("</table>\n<p class=\"note\">As the paper's Table 2. All start from the same shared weights and are fine-tuned alike, each under its own policy. \
+    html.push_str("</table>\n<p class=\"note\">As the paper's Table 2. All start from the same shared weights and are fine-tuned alike unless a row says otherwise, each under its own policy. \
 Policies were chosen on validation images; the test images were judged once, at the end.</p>\n");
     html
 }
@@ -172,7 +182,7 @@ mod tests {
     #[test]
     fn rows_are_called_as_in_the_papers_tables() {
         let config = Config::default();
-        let candidate = |source| Candidate::new(source).resolved(&config.exchange);
+        let candidate = |source| Candidate::new(source).resolved(&config);
         let searched = candidate(Source::Searched);
         assert_eq!(method(&config, &searched), "Sep-ResNeXt-56 (8×16d, α = 2, G = 4)");
         let sparse = Candidate { search_levels: Some(true), dtype: Some(Dtype::F16), ..searched };

@@ -70,7 +70,7 @@ impl Run<'_> {
             let Some(network) = self.state.tuned.get(name) else { continue };
             let policy = self.policy(candidate);
             let score = judge_all(&network.inference(), &policy, &self.data.test, Stats::Stored)?;
-            let score = score.finite(Stage::Test, self.config.finetune.epochs)?;
+            let score = score.finite(Stage::Test, candidate.tuning(self.config).epochs)?;
             self.state.ledger.test.insert(name.clone(), score);
             self.pace.judged(score.images, started.elapsed());
             let line = Line {
@@ -123,6 +123,7 @@ impl Run<'_> {
                 }),
             );
         }
+        let epochs = self.candidates.first().map(|first| first.tuning(self.config).epochs);
         let entries = [
             ("tool", json!(TOOL)),
             ("dataset", json!(self.data.name)),
@@ -131,7 +132,7 @@ impl Run<'_> {
             ("net", json!(self.config.net)),
             ("search", json!(self.config.search)),
             ("epochs", json!(self.config.train.epochs)),
-            ("finetune_epochs", json!(self.config.finetune.epochs)),
+            ("finetune_epochs", json!(epochs)),
             ("candidate", json!(self.candidates.first())),
             ("accuracy", serde_json::Value::Object(accuracy)),
         ];

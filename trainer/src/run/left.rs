@@ -140,7 +140,7 @@ impl Run<'_> {
         let judged = 2 * (calibration + self.data.validation.len());
         for candidate in self.candidates.iter().filter(|candidate| !self.is_tuned(candidate)) {
             let done = self.state.ledger.tuned.get(&candidate.name).copied().unwrap_or(0);
-            let epochs = self.config.finetune.epochs.saturating_sub(done);
+            let epochs = candidate.tuning(self.config).epochs.saturating_sub(done);
             work += times(epochs, self.epoch_work(1));
             work += Work { fitted: 0, judged };
         }

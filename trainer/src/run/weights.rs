@@ -113,7 +113,11 @@ impl Run<'_> {
     ) -> Result<(), TrainError> {
         let name = &candidate.name;
         let policy = self.policy(candidate);
-        let settings = &self.config.finetune;
+        let settings = candidate.tuning(self.config);
+        let epochs = |some: &[Candidate]| -> usize {
+            some.iter().map(|candidate| candidate.tuning(self.config).epochs).sum()
+        };
+        let (before, total) = (epochs(&self.candidates[..place]), epochs(&self.candidates));
         let batches = fit::batches(&self.data.train, &self.config.train);
         let under = vec![vec![policy.clone()]; batches];
         let mut network = match self.state.tuned.remove(name) {
@@ -133,7 +137,7 @@ impl Run<'_> {
                 lr: settings.decay.rate(settings.lr, done, settings.epochs),
                 policies: &under,
                 judged: &policy,
-                progress: (place * settings.epochs + done, settings.epochs * self.candidates.len()),
+                progress: (before + done, total),
             };
             let (tuned, score) = self.epoch(network, pass)?;
             network = tuned;
@@ -189,7 +193,7 @@ impl Run<'_> {
         let changed = estimate(Some(rng(self.config.seed, "calibration", 0)))?;
         let better = changed.1.loss < unchanged.1.loss || unchanged.1.loss.is_nan();
         let (judged, score) = if better { changed } else { unchanged };
-        let (name, done) = (candidate.name.clone(), self.config.finetune.epochs);
+        let (name, done) = (candidate.name.clone(), candidate.tuning(self.config).epochs);
         let score = score.finite(Stage::Finetune, done)?;
         self.state.tuned.insert(name.clone(), judged.copy());
         self.state.ledger.tuned.insert(name.clone(), done);
