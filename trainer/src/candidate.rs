@@ -1,9 +1,9 @@
 //! The policies a run carries to the end, one row of its result each.
 //!
 //! A [`Candidate`] says where a policy comes from and within which limits it is looked for. All
-//! candidates start from the same shared weights and, where none has a budget of its own, are fine-tuned
-//! alike, so that rows differ in their policy alone. [`Config::candidates`](crate::Config::candidates) gives those of a
-//! configuration, each limit filled in.
+//! candidates start from the same shared weights and, where none has a budget of its own, are
+//! fine-tuned alike, so that rows differ in their policy alone.
+//! [`Config::candidates`](crate::Config::candidates) gives those of a configuration, each limit filled in.
 
 use std::fmt;
 
@@ -89,7 +89,7 @@ impl Candidate {
         }
     }
 
-    /// The same with every limit written out.
+    /// The same with every limit and its budget written out.
     pub(crate) fn resolved(&self, config: &Config) -> Candidate {
         let levels = self.search_levels.unwrap_or(config.exchange.search_levels);
         let FinetuneConfig { epochs, lr, decay } = self.tuning(config);

@@ -475,9 +475,15 @@ fn candidates_keep_to_their_limits_and_may_be_added() {
     assert_eq!(Policy::from_json(&read(out, "best.json")).unwrap().steps, longer.policy.steps);
     assert_eq!(evaluate(out, None, None).unwrap().correct, longer.test.correct);
 
-    config.candidates[0].epochs = Some(4);
-    let other = snn_trainer::run(&config, None, out, true, &mut ()).unwrap_err().to_string();
-    assert!(other.ends_with("was begun with another [candidates]"), "{other}");
+    let refused = |change: &dyn Fn(&mut Candidate)| {
+        let mut other = config.clone();
+        let searched = other.candidates.iter_mut().find(|other| other.name == "searched").unwrap();
+        change(searched);
+        let other = snn_trainer::run(&other, None, out, true, &mut ()).unwrap_err().to_string();
+        assert!(other.ends_with("was begun with another [candidates]"), "{other}");
+    };
+    refused(&|searched| searched.dtype = Some(Dtype::F16));
+    refused(&|searched| searched.epochs = Some(4));
 }
 
 #[test]

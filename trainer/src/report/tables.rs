@@ -57,10 +57,11 @@ fn method(config: &Config, candidate: &Candidate) -> String {
 
 /// What a candidate's fine-tuning has of its own.
 fn tuning(config: &Config, candidate: &Candidate) -> String {
-    let FinetuneConfig { epochs, lr, .. } = candidate.tuning(config);
-    match candidate.tuning(config) == config.finetune {
-        true => String::new(),
-        false => format!(", epochs of fine-tuning: {epochs}, from {lr}"),
+    match candidate.tuning(config) {
+        alike if alike == config.finetune => String::new(),
+        FinetuneConfig { epochs, lr, .. } => {
+            format!(", epochs of fine-tuning: {epochs}, from {lr}")
+        }
     }
 }
 
