@@ -241,6 +241,9 @@ impl Block {
     }
 }
 
+/// From so many channels on [`kernels::same_conv`] pays on a GPU; the colours of an image are fewer.
+const MANY: usize = 16;
+
 impl ConvNorm {
     /// `norm(conv(x))`, plus `residual`, through a ReLU if `close`.
     fn forward(
@@ -272,14 +275,16 @@ impl ConvNorm {
     /// between the groups: burn's GPU kernels are made for dense convolutions, and the gradient of a
     /// grouped one's weights takes a kernel a group.
     fn convolved(&self, x: Tensor<4>, stats: Stats) -> Tensor<4> {
-        let Conv2d { groups, stride, dilation, .. } = self.conv;
-        if groups == 1 || stats == Stats::Stored || kernels::runs_on(&x.device()) {
+        if stats == Stats::Stored || kernels::runs_on(&x.device()) {
             return self.conv.forward(x);
         }
-        let weight = self.conv.weight.val();
-        let [_, _, kernel, _] = weight.dims();
-        let around = [kernel / 2; 2];
-        conv2d(x, dense(weight, groups), None, ConvOptions::new(stride, around, dilation, 1))
+        let Conv2d { groups, stride, dilation, .. } = self.conv;
+        let weight = dense(self.conv.weight.val(), groups);
+        let [_, inputs, kernel, _] = weight.dims();
+        if kernel == 3 && stride == [1, 1] && inputs >= MANY {
+            return kernels::same_conv(x, weight);
+        }
+        conv2d(x, weight, None, ConvOptions::new(stride, [kernel / 2; 2], dilation, 1))
     }
 
     fn normed(&self, x: Tensor<4>, stats: Stats) -> Tensor<4> {
@@ -290,7 +295,8 @@ impl ConvNorm {
                 let variance = self.norm.running_var.value_sync();
                 return batch_norm(x, gamma, beta, mean, variance, self.norm.epsilon);
             }
-            Stats::Batch => 0.0,
+            // On a CPU it is part of the convolution's kernel.
+            Stats::Batch => return kernels::batch_norm(x, [gamma, beta], self.norm.epsilon),
             Stats::Update(fraction) => fraction,
         };
         let normed = batch_norm_train(x, gamma, beta, self.norm.epsilon);
@@ -309,6 +315,9 @@ impl ConvNorm {
 /// The weights `[out, in, k, k]` of the dense convolution that does what a grouped one with the weights
 /// `[out, in / groups, k, k]` does.
 fn dense(weight: Tensor<4>, groups: usize) -> Tensor<4> {
+    if groups == 1 {
+        return weight;
+    }
     let [outputs, inputs, height, width] = weight.dims();
     let device = weight.device();
     let number = Tensor::<1, Int>::arange(0..groups as i64, &device);

@@ -285,12 +285,12 @@ fn register(
 }
 
 /// Notes an operation down for the backward pass, where anybody will ask for it.
-fn record<C: CheckpointStrategy, B, S, const P: usize>(
-    prepared: OpsPrep<B, Flex, S, C, P, ComputePropertyDone>,
-    (out, state): (FlexTensor, S),
-) -> FloatTensor<Autodiff<Flex, C>>
+pub(super) fn record<B: Backend, C: CheckpointStrategy, O, S, const P: usize>(
+    prepared: OpsPrep<O, B, S, C, P, ComputePropertyDone>,
+    (out, state): (FloatTensor<B>, S),
+) -> FloatTensor<Autodiff<B, C>>
 where
-    B: Backward<Flex, P, State = S>,
+    O: Backward<B, P, State = S>,
     S: Clone + Send + std::fmt::Debug + 'static,
 {
     match prepared.stateful() {
