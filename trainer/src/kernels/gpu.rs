@@ -15,13 +15,15 @@ use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn_autodiff::grads::Gradients;
 use burn_autodiff::ops::{Backward, Ops};
 
-use super::ops::record;
+use super::ops::{record, register};
 
-/// The operations, for every backend that has burn's own.
+/// The operations: without a backward pass the same on every backend that has burn's own.
 #[backend_extension(Cube: cfg(feature = "gpu"), Flex, Autodiff)]
 pub(crate) trait Formulated: Backend {
     /// A 3×3 convolution of stride 1 with a border of one.
-    fn same_conv(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn same_conv(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        convolved::<Self>(x, weight)
+    }
 
     /// Batch norm with the statistics of the batch.
     fn normed(
@@ -29,8 +31,15 @@ pub(crate) trait Formulated: Backend {
         gamma: FloatTensor<Self>,
         beta: FloatTensor<Self>,
         epsilon: f64,
-    ) -> FloatTensor<Self>;
+    ) -> FloatTensor<Self> {
+        NormedState::<Self>::forward([x, gamma, beta], epsilon).0
+    }
 }
+
+impl Formulated for Flex {}
+
+#[cfg(feature = "gpu")]
+impl Formulated for burn::backend::Cube {}
 
 /// The convolution of `x`, `[images, inputs, h, w]`, with `weight`, `[outputs, inputs, 3, 3]`: stride 1, a border of one.
 pub(crate) fn same_conv(x: Tensor<4>, weight: Tensor<4>) -> Tensor<4> {
@@ -160,37 +169,10 @@ impl<B: Backend> Backward<B, 3> for Normed {
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        for (node, found) in ops.parents.into_iter().zip(ops.state.backward(grad)) {
-            if let Some(node) = node {
-                grads.register::<B>(node.id, found);
-            }
-        }
+        let nodes = ops.parents.map(|node| node.map(|node| node.id));
+        register::<B>(grads, nodes, ops.state.backward(grad));
     }
 }
-
-/// The operations without a backward pass, which are the same on every backend.
-macro_rules! formulated {
-    ($backend:ty) => {
-        impl Formulated for $backend {
-            fn same_conv(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-                convolved::<Self>(x, weight)
-            }
-
-            fn normed(
-                x: FloatTensor<Self>,
-                gamma: FloatTensor<Self>,
-                beta: FloatTensor<Self>,
-                epsilon: f64,
-            ) -> FloatTensor<Self> {
-                NormedState::<Self>::forward([x, gamma, beta], epsilon).0
-            }
-        }
-    };
-}
-
-formulated!(Flex);
-#[cfg(feature = "gpu")]
-formulated!(burn::backend::Cube);
 
 impl<B: Formulated, C: CheckpointStrategy> Formulated for Autodiff<B, C> {
     fn same_conv(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {

@@ -257,7 +257,7 @@ impl Backward<Flex, 4> for ConvNormPlain {
     fn backward(self, ops: Ops<ConvNormState, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<Flex>(&ops.node);
         let nodes = ops.parents.map(|node| node.map(|node| node.id));
-        register(grads, nodes, ops.state.backward(grad));
+        register::<Flex>(grads, nodes, ops.state.backward(grad));
     }
 }
 
@@ -267,19 +267,19 @@ impl Backward<Flex, 5> for ConvNormResidual {
     fn backward(self, ops: Ops<ConvNormState, 5>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<Flex>(&ops.node);
         let nodes = ops.parents.map(|node| node.map(|node| node.id));
-        register(grads, nodes, ops.state.backward(grad));
+        register::<Flex>(grads, nodes, ops.state.backward(grad));
     }
 }
 
 /// Adds the gradients `found` to those of the nodes that want one.
-fn register(
+pub(super) fn register<B: Backend>(
     grads: &mut Gradients,
     nodes: impl IntoIterator<Item = Option<NodeId>>,
-    found: impl IntoIterator<Item = FlexTensor>,
+    found: impl IntoIterator<Item = FloatTensor<B>>,
 ) {
     for (node, grad) in nodes.into_iter().zip(found) {
         if let Some(node) = node {
-            grads.register::<Flex>(node, grad);
+            grads.register::<B>(node, grad);
         }
     }
 }
